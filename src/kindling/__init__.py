@@ -1,0 +1,52 @@
+"""kindling: deep learning where the data already is. DataFrames go in, PyTorch models come out.
+
+Nothing heavy is imported until a name is used: a Spark worker must set its thread counts before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AllReduce": "kindling.train.strategies",
+    "Model": "kindling.model",
+    "ParameterAveraging": "kindling.train.strategies",
+    "Preparation": "kindling.prepare",
+    "Report": "kindling.evaluate",
+    "errors": "kindling.errors",
+    "labels": "kindling.read",
+    "load": "kindling.model",
+    "nets": "kindling.nets",
+    "prepare": "kindling.prepare",
+    "read": "kindling.read",
+    "spark": "kindling.session",
+    "split": "kindling.read",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from kindling import errors, nets, prepare, read
+    from kindling.evaluate import Report
+    from kindling.model import Model, load
+    from kindling.prepare import Preparation
+    from kindling.read import labels, split
+    from kindling.session import spark
+    from kindling.train.strategies import AllReduce, ParameterAveraging
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kindling' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if home == f"kindling.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,144 @@
+"""Steps that read ready numbers and labels: arrays of a fixed shape, class labels, plain values.
+
+Images are in `image.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kindling.errors import ConfigError
+from kindling.prepare.base import Packed, Step, step_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _bad_rows(mask: np.ndarray, why: str) -> dict[int, str]:
+    return {int(row): why for row in np.flatnonzero(mask)}
+
+
+@step_type("array")
+@dataclass(frozen=True)
+class ArrayStep(Step):
+    """A list column (or a number column, for `shape=()`) as a tensor of a fixed shape.
+
+    >>> step = ArrayStep("x", "features", (2,))
+    >>> rows = pa.RecordBatch.from_pydict({"features": [[1.0, 2.0], [3.0], None]})
+    >>> packed = step.pack(rows)
+    >>> packed.arrays["x"]
+    array([[1., 2.]], dtype=float32)
+    >>> packed.errors
+    {1: "column 'features' holds 1 numbers, not 2", 2: "column 'features' is null"}
+    """
+
+    name: str
+    column: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if any(not isinstance(size, int) or size < 1 for size in self.shape):
+            raise ConfigError("shape", self.shape, "has an axis that is not a positive size", "Name every axis but the batch")
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def packed_spec(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {self.name: (self.dtype, self.shape)}
+
+    def pack(self, rows: pa.RecordBatch) -> Packed:
+        column = rows.column(rows.schema.get_field_index(self.column))
+        errors: dict[int, str] = {}
+        kind = column.type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not is_list and not (self.shape == () or self.size == 1):
+            why = f"column {self.column!r} is {kind}, not a list of {self.size} numbers"
+            return Packed({self.name: np.empty((0, *self.shape), self.dtype)}, dict.fromkeys(range(len(column)), why))
+        nulls = np.asarray(column.is_null())
+        errors.update(_bad_rows(nulls, f"column {self.column!r} is null"))
+        if is_list:
+            lengths = np.asarray(pc.fill_null(pc.list_value_length(column), self.size))
+            for row in np.flatnonzero((lengths != self.size) & ~nulls):
+                errors[int(row)] = f"column {self.column!r} holds {lengths[row]} numbers, not {self.size}"
+            good = column.filter(pa.array([row not in errors for row in range(len(column))])) if errors else column
+            flat = good.flatten()
+        else:
+            flat = column.drop_null()
+        try:
+            values = flat.to_numpy(zero_copy_only=False).astype(self.dtype, copy=False)
+        except (ValueError, TypeError) as error:
+            why = f"column {self.column!r} cannot be read as {self.dtype}: {error}"
+            return Packed({self.name: np.empty((0, *self.shape), self.dtype)}, dict.fromkeys(range(len(column)), why))
+        return Packed({self.name: values.reshape(-1, *self.shape)}, dict(sorted(errors.items())))
+
+    def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(arrays[self.name]))
+
+
+@step_type("label")
+@dataclass(frozen=True)
+class LabelStep(Step):
+    """A column of class names (text or whole numbers) as class indices, int64.
+
+    >>> step = LabelStep("label", "label", ("cat", "dog"))
+    >>> packed = step.pack(pa.RecordBatch.from_pydict({"label": ["dog", "cow", "cat"]}))
+    >>> packed.arrays["label"], packed.errors
+    (array([1, 0]), {1: "label 'cow' is none of the model's 2 labels"})
+    """
+
+    name: str
+    column: str
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels):
+            repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+            raise ConfigError("labels", repeated, "are named twice", "Give each class one name")
+
+    @cached_property
+    def _index(self) -> pa.Array:
+        return pa.array([str(label) for label in self.labels], pa.string())
+
+    def packed_spec(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {self.name: ("int64", ())}
+
+    def pack(self, rows: pa.RecordBatch) -> Packed:
+        column = rows.column(rows.schema.get_field_index(self.column))
+        if pa.types.is_floating(column.type):
+            # 4.0 means class "4"; 4.5 means no class at all, and stays text that matches none.
+            as_int = pc.floor(column)
+            column = pc.if_else(pc.equal(as_int, column), pc.cast(as_int, pa.int64(), safe=False).cast(pa.string()), column.cast(pa.string()))
+        found = pc.index_in(column.cast(pa.string()), self._index)
+        missing = np.asarray(found.is_null())
+        errors: dict[int, str] = {}
+        for row in np.flatnonzero(missing):
+            value = column[int(row)].as_py()
+            errors[int(row)] = (
+                f"column {self.column!r} is null" if value is None else f"label {value!r} is none of the model's {len(self.labels)} labels"
+            )
+        return Packed({self.name: np.asarray(found.drop_null()).astype(np.int64)}, errors)
+
+    def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(arrays[self.name]))
+
+
+@step_type("value")
+@dataclass(frozen=True)
+class ValueStep(ArrayStep):
+    """A number (or a list of numbers) to predict, for regression and losses that take the target as it is."""
+
+    shape: tuple[int, ...] = ()
