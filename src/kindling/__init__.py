@@ -26,7 +26,7 @@ _HOME = {
     "split": "kindling.read",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from kindling import errors, nets, prepare, read
