@@ -177,9 +177,9 @@ class Tally:
                 f"outputs of shape {outputs.shape} and targets of shape {targets.shape} hold unequal numbers of values."
             )
         # By rows: (N, 1) against (N,) must not broadcast to (N, N).
-        error = outputs.astype(np.float64).reshape(-1) - targets.astype(np.float64).reshape(-1)
-        self.absolute.add(np.abs(error))
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = outputs.astype(np.float64).reshape(-1) - targets.astype(np.float64).reshape(-1)
+            self.absolute.add(np.abs(error))
             self.squared.add(error * error)
 
     def _update_classes(self, scores: np.ndarray, targets: np.ndarray) -> None:
@@ -192,7 +192,8 @@ class Tally:
             raise DataError(f"scores of shape {scores.shape} do not fit {classes} classes: expected (rows, {classes}).")
         if targets.shape != (len(scores),) or targets.dtype.kind not in "iub":
             raise DataError(
-                f"targets are {targets.dtype} of shape {targets.shape}; class indices of shape ({len(scores)},) are needed."
+                f"targets are {targets.dtype} of shape {targets.shape}; "
+                f"class indices of shape ({len(scores)},) are needed."
             )
         truth = targets.astype(np.int64)
         if not len(truth):
@@ -562,11 +563,7 @@ def loss_rows(loss: Callable[..., Any] | None, outputs: Tensor, targets: Tensor)
     rows = len(outputs)
     if loss is None:
         loss = functional.mse_loss if targets.is_floating_point() else functional.cross_entropy
-    binary = isinstance(loss, torch.nn.BCEWithLogitsLoss | torch.nn.BCELoss)
-    if binary and not targets.is_floating_point():
-        targets = targets.to(outputs.dtype)
-    if targets.is_floating_point() and targets.shape != outputs.shape and targets.numel() == outputs.numel():
-        targets = targets.reshape(outputs.shape)
+    targets = aligned(loss, outputs, targets)
     if not rows:
         return torch.zeros(0, dtype=torch.float32)
     single, reduction = _unreduced(loss)
@@ -580,10 +577,26 @@ def loss_rows(loss: Callable[..., Any] | None, outputs: Tensor, targets: Tensor)
         value = torch.as_tensor(loss(outputs[row : row + 1], targets[row : row + 1]))
         if value.numel() != 1:
             raise TrainingError(
-                f"the loss of one row has shape {tuple(value.shape)}, not one number. Average it, or give it a `reduction`."
+                f"the loss of one row has shape {tuple(value.shape)}, not one number. "
+                "Average it, or give it a `reduction`."
             )
         parts.append(value.reshape(()))
     return torch.stack(parts)
+
+
+def aligned(loss: Callable[..., Any], outputs: Tensor, targets: Tensor) -> Tensor:
+    """Targets in the shape and dtype that `loss` takes beside `outputs`; training and evaluation both call this.
+
+    Float targets with as many values as outputs get the outputs' shape, so that (N,) against (N, 1) does not broadcast;
+    those of binary cross entropy are turned into floats.
+    """
+    import torch
+
+    if isinstance(loss, torch.nn.BCEWithLogitsLoss | torch.nn.BCELoss) and not targets.is_floating_point():
+        targets = targets.to(outputs.dtype)
+    if targets.is_floating_point() and targets.shape != outputs.shape and targets.numel() == outputs.numel():
+        targets = targets.reshape(outputs.shape)
+    return targets
 
 
 def _unreduced(loss: Callable[..., Any]) -> tuple[Callable[..., Any] | None, object]:
