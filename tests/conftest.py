@@ -1,0 +1,89 @@
+"""Fixtures of the whole suite: the one SparkSession, the data folder, and a look at what a test left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kindling
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The session under test: `KINDLING_TEST_REMOTE` (Spark Connect) before `KINDLING_TEST_MASTER` (default local[2])."""
+    remote = os.environ.get("KINDLING_TEST_REMOTE")
+    master = None if remote else os.environ.get("KINDLING_TEST_MASTER", "local[2]")
+    scratch = tmp_path_factory.mktemp("spark")
+    before = Path.cwd()
+    os.chdir(scratch)  # Spark leaves spark-warehouse, artifacts and metastore files in the folder where it was started
+    try:
+        session = kindling.spark(
+            master,
+            remote,
+            app="kindling-tests",
+            conf={
+                "spark.sql.shuffle.partitions": "2",
+                "spark.default.parallelism": "2",
+                "spark.ui.enabled": "false",
+                "spark.ui.showConsoleProgress": "false",
+                "spark.sql.warehouse.dir": str(scratch / "warehouse"),
+                "spark.local.dir": str(scratch / "local"),
+                "spark.driver.memory": "2g",
+                "spark.log.level": "ERROR",
+            },
+        )
+    finally:
+        os.chdir(before)
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data files: `KINDLING_DATA`, else `../shared/data` beside the repository; skips where absent."""
+    folder = Path(os.environ.get("KINDLING_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; set KINDLING_DATA")
+    return folder
+
+
+# Written by pytest itself, and by torch and Spark when they are first used.
+_EXPECTED = {"PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+
+
+def _environment() -> dict[str, str]:
+    # Starting Spark once per run leaves the gateway's and Connect's variables: they belong to the session fixture.
+    return {k: v for k, v in os.environ.items() if k not in _EXPECTED and not k.startswith(("SPARK_", "PYSPARK_"))}
+
+
+@pytest.fixture(autouse=True)
+def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test leaves the world as found: environment, working directory, threads, the repository's top folder."""
+    if "spark" in request.fixturenames:
+        request.getfixturevalue("spark")  # its own variables and threads are there before the first look
+    environment, folder, files = _environment(), Path.cwd(), set(os.listdir(ROOT))
+    threads = {thread for thread in threading.enumerate() if not thread.daemon}
+    yield
+    left = []
+    after = _environment()
+    if after != environment:
+        left.append(f"environment: {sorted(k for k in environment.keys() | after.keys() if environment.get(k) != after.get(k))}")
+    if Path.cwd() != folder:
+        left.append(f"working directory: {Path.cwd()}")
+    if new := set(os.listdir(ROOT)) - files - {".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}:
+        left.append(f"files in the repository: {sorted(new)}")
+    alive = [thread.name for thread in threading.enumerate() if not thread.daemon and thread not in threads]
+    if alive:
+        left.append(f"threads: {alive}")
+    os.environ.update(environment)
+    for name in after.keys() - environment.keys():
+        os.environ.pop(name, None)
+    os.chdir(folder)
+    assert not left, f"the test left behind {'; '.join(left)}"
