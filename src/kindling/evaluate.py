@@ -650,30 +650,46 @@ def _json_number(value: float | None) -> float | str | None:
 
 def _draw_confusion(report: Report, figure_type: type[Figure]) -> Figure:
     size = report.classes
-    counts = report.confusion
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    inches = min(max(4.5, 0.5 * size), 9.0) if size <= 30 else min(9.0 + 0.06 * (size - 30), 24.0)
-    figure = figure_type(figsize=(inches + 1.2, inches), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    # Square-root colours: a class that takes 4 % of another's rows must not look like none.
-    image = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    crowded = size > 30  # no room for numbers in the cells: the most frequent mistakes are listed beside the matrix
+    inches = max(5.0, 0.42 * size) if not crowded else min(12.6, 12.6 * size / 100 + 4)
+    figure = figure_type(figsize=(inches + (5.5 if crowded else 1.0), inches), dpi=150, layout="constrained")
+    axes, bars, *panel = figure.subplots(
+        1, 3 if crowded else 2, squeeze=False, width_ratios=[inches, 0.25, 4][: 3 if crowded else 2]
+    )[0]
+    truth, predicted, count = report.pairs.T
+    shares = count / np.maximum(report._marginals[0][truth], 1)
+    right = truth == predicted
+    maps = {}
+    for colours, chosen in (("Blues", right), ("Reds", ~right)):
+        cells = np.full((size, size), np.nan)
+        # Square-root colours: a class that takes 2 % of another's rows must not look like none.
+        cells[truth[chosen], predicted[chosen]] = 0.15 + 0.85 * np.sqrt(shares[chosen])
+        maps[colours] = axes.imshow(cells, cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    if not crowded:
+        font = min(10.0, 72 * inches / size / 3)
+        for row, column, rows, share in zip(truth, predicted, count, shares, strict=True):
+            colour = "white" if share > 0.3 else "black"
+            axes.text(column, row, f"{rows}", ha="center", va="center", fontsize=font, color=colour)
+    else:
+        lines = [line.removeprefix("Examples labeled as ") for line in report.listing(limit=45, mistakes=True)]
+        text = [
+            line.replace(" classified by model as ", " → ").removesuffix("s").removesuffix(" time") for line in lines
+        ]
+        text = [line if len(line) <= 60 else line[:59] + "…" for line in text]
+        panel[0].text(
+            0, 1, "\n".join(["Most frequent mistakes", *text]), va="top", fontsize=8, linespacing=1.5, parse_math=False
+        )
+        panel[0].axis("off")
     marks = np.array([0, 0.01, 0.05, 0.2, 0.5, 1])
-    bar.set_ticks(np.sqrt(marks).tolist(), labels=[f"{mark:.0%}" for mark in marks])
-    bar.set_label("share of the true class")
+    both = [maps[colours].get_cmap()(0.15 + 0.85 * np.linspace(0, 1, 256))[:, None] for colours in ("Blues", "Reds")]
+    bars.imshow(
+        np.concatenate(both, axis=1), origin="lower", aspect="auto", extent=(0, 2, 0, 1), interpolation="nearest"
+    )
+    bars.set_xticks([0.5, 1.5], labels=["right", "wrong"], rotation=90, fontsize=7)
+    bars.yaxis.tick_right()
+    bars.set_yticks(np.sqrt(marks).tolist(), labels=[f"{mark:.0%}" for mark in marks])
+    bars.set_title("share of\nits class", fontsize=8)
     _name_axes(axes, report, inches)
-    if size <= 30:
-        small = min(10.0, 40 * inches / size / 4)
-        for truth, predicted, count in report.pairs.tolist():
-            axes.text(
-                predicted,
-                truth,
-                f"{count}",
-                ha="center",
-                va="center",
-                fontsize=small,
-                color="white" if shares[truth, predicted] > 0.3 else "black",
-            )
     axes.set_title(f"{report.rows:,} rows, accuracy {report.accuracy:.2%}")
     return figure
 
@@ -681,13 +697,19 @@ def _draw_confusion(report: Report, figure_type: type[Figure]) -> Figure:
 def _name_axes(axes: Axes, report: Report, inches: float) -> None:
     size = report.classes
     points = 72 * inches * 0.8 / size  # room for one label
-    font = max(3.5, min(10.0, 0.8 * points))
+    font = max(5.5, min(10.0, 0.85 * points))
     every = max(1, math.ceil(font / points))
     places = list(range(0, size, every))
     names = [_short(report.labels[place]) for place in places]
-    axes.set_xticks(places, labels=names, rotation=90 if size > 5 else 0, fontsize=font)
+    across = max(map(len, names)) * 0.6 * font < points
+    axes.set_xticks(places, labels=names, fontsize=font)
     axes.set_yticks(places, labels=names, fontsize=font)
-    axes.set_xlabel("classified by the model as")
+    for text in axes.get_xticklabels():
+        if not across:
+            text.set(rotation=90) if size > 12 else text.set(rotation=40, ha="right", rotation_mode="anchor")
+    for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        text.set_parse_math(False)  # a label may hold dollar signs
+    axes.set_xlabel("classified by the model as" + (f" (one class in {every} is named)" if every > 1 else ""))
     axes.set_ylabel("labeled as")
 
 
