@@ -26,7 +26,22 @@ _HOME = {
     "split": "kindling.read",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "AllReduce",
+    "Model",
+    "ParameterAveraging",
+    "Preparation",
+    "Report",
+    "__version__",
+    "errors",
+    "labels",
+    "load",
+    "nets",
+    "prepare",
+    "read",
+    "spark",
+    "split",
+]
 
 if TYPE_CHECKING:
     from kindling import errors, nets, prepare, read

@@ -1,0 +1,391 @@
+"""The command line: `kindling featurize | fit | evaluate | predict | summary | transfer | demo`.
+
+A thin skin: each command calls the verbs of the library by their public names and shows what they return. The options
+are in `options.py`, how results, errors and exit codes come out in `console.py`, the whole job of `transfer` in
+`transfer.py`, the demo in `demo.py`. Importing this module imports neither torch nor Spark, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import kindling as kd
+from kindling import options as o
+from kindling.console import INTERRUPTED, OK, Clock, command, plain, say
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+app = typer.Typer(
+    name="kindling",
+    help="Deep learning on Apache Spark: photos and tables in, PyTorch models out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 an error that was shown, 2 a wrong command line, 130 interrupted. "
+    "Each command has examples: `kindling COMMAND --help`.",
+)
+
+_sessions: list[Any] = []
+
+
+def main() -> None:
+    """Run the command line and end the process."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after a command's own handling
+        sys.exit(INTERRUPTED)
+    finally:
+        for session in _sessions:
+            session.stop()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kindling {kd.__version__}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def _spark(master: str | None, remote: str | None) -> SparkSession:
+    if master is not None and remote is not None:
+        raise typer.BadParameter("give --master or --remote, not both")
+    session = kd.spark(master, remote)
+    _sessions.append(session)
+    return session
+
+
+def _refuse_to_replace(out: str, overwrite: bool) -> None:
+    """Say at once what saving would say after hours of training."""
+    place = Path(out)
+    if not overwrite and place.is_dir() and any(place.iterdir()):
+        raise kd.errors.StorageError(f"{out} is there already. Add --overwrite to replace it, or choose another --out.")
+
+
+def _keep_report(report: kd.Report, file: Path | None, plot: Path | None, data: dict[str, Any]) -> None:
+    """Write `data`, which holds the report as JSON values, and the picture of it, where they are wanted."""
+    for path in (file, plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if file is not None:
+        file.write_text(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        say(f"report in {file}")
+    if plot is not None:
+        report.plot(plot)
+        say(f"confusion matrix in {plot}")
+
+
+@app.command(
+    epilog="**Example**: `kindling featurize photos/ --model vgg16 --weights vgg16.safetensors --until fc2 "
+    "--out features.parquet`"
+)
+def featurize(
+    data: o.Data,
+    model: o.ModelName,
+    out: Annotated[
+        str, o.option(o.OUTPUT, "Parquet to write; what is there already is not computed again.", metavar="FOLDER")
+    ],
+    weights: o.Weights = None,
+    until: o.Until = None,
+    on_error: o.OnError = "keep",
+    precision: o.Precision = "auto",
+    batch_size: o.ForwardBatch = None,
+    classes: o.Classes = None,
+    master: o.Master = None,
+    remote: o.Remote = None,
+    as_json: o.Json = False,
+) -> None:
+    """Run a net over photos and keep what one of its layers says, as Parquet (path, label, features)."""
+    with command(as_json=as_json) as output:
+        clock = Clock()
+        with clock.phase("start Spark"):
+            spark = _spark(master, remote)
+        with clock.phase("load the model"):
+            net = o.open_model(model, weights, classes=classes, spark=spark)
+            net = net.until(*until) if until else net
+        with clock.phase("featurise"):
+            photos = o.rows_of(spark, data)
+            frame = net.featurize(photos, out=out, on_error=on_error, precision=precision, batch_size=batch_size)
+            rows = frame.count()
+            broken = frame.where("error is not null").count() if "error" in frame.columns else 0
+        output.result(
+            {"out": out, "rows": rows, "broken": broken, "columns": frame.columns, "seconds": clock.to_json()},
+            f"{rows} rows in {out}" + (f", {broken} of them broken (see column error)" if broken else ""),
+        )
+
+
+@app.command(
+    epilog="**Examples**: `kindling fit digits/ --model my_nets:small --out model --epochs 10`, where my_nets.py holds "
+    "`def small(labels): return kd.Model.of(net, ..., labels=labels)`; "
+    "`kindling fit more-photos/ --model model --out model2 --lr 0.001` trains a saved model further."
+)
+def fit(
+    data: o.Data,
+    model: o.ModelName,
+    out: Annotated[str, o.option(o.OUTPUT, "Where to save the trained model.", metavar="FOLDER")],
+    weights: o.Weights = None,
+    validation: Annotated[
+        list[str] | None,
+        o.option(o.TRAINING, "Rows to validate on after each epoch. May be repeated.", metavar="DATA"),
+    ] = None,
+    freeze: o.Freeze = None,
+    target: Annotated[str, o.option(o.TRAINING, "The column to learn.", metavar="COLUMN")] = "label",
+    epochs: o.Epochs = 10,
+    batch_size: o.BatchSize = 32,
+    lr: o.Rate = 0.01,
+    momentum: o.Momentum = 0.9,
+    weight_decay: o.WeightDecay = 0.0,
+    strategy: o.StrategyName = "averaging:5",
+    workers: o.Workers = None,
+    seed: o.Seed = 0,
+    run: Annotated[
+        str | None, o.option(o.TRAINING, "Run directory: events and checkpoints, to resume from.", metavar="FOLDER")
+    ] = None,
+    on_error: o.OnError = "fail",
+    overwrite: o.Overwrite = False,
+    classes: o.Classes = None,
+    master: o.Master = None,
+    remote: o.Remote = None,
+    as_json: o.Json = False,
+) -> None:
+    """Train a model on Spark and save it."""
+    with command(as_json=as_json) as output:
+        agree = o.strategy_of(strategy)
+        _refuse_to_replace(out, overwrite)
+        clock = Clock()
+        with clock.phase("start Spark"):
+            spark = _spark(master, remote)
+        with clock.phase("read"):
+            rows = o.rows_of(spark, data)
+            labels = kd.labels(rows, target) if target in rows.columns else None
+            net = o.open_model(model, weights, labels=labels, classes=classes, spark=spark)
+            net = net.freeze(until=freeze) if freeze else net
+        with clock.phase("train"):
+            net = net.fit(
+                rows,
+                epochs=epochs,
+                batch_size=batch_size,
+                optimizer=o.sgd(lr, momentum, weight_decay),
+                strategy=agree,
+                validation=o.rows_of(spark, validation) if validation else None,
+                workers=workers,
+                seed=seed,
+                run=run,
+                target=target,
+                on_error=on_error,
+            )
+        with clock.phase("save"):
+            net.save(out, overwrite=overwrite)
+        output.result(
+            {"model": out, "history": net.history[-1], "seconds": clock.to_json()}, f"{clock}\nmodel in {out}"
+        )
+
+
+@app.command(
+    epilog="**Example**: `kindling evaluate test-photos/ --model model --report report.json --plot confusion.png`"
+)
+def evaluate(
+    data: o.Data,
+    model: o.ModelName,
+    weights: o.Weights = None,
+    precision: o.Precision = "auto",
+    batch_size: o.ForwardBatch = None,
+    report: o.ReportFile = None,
+    plot: o.PlotFile = None,
+    classes: o.Classes = None,
+    master: o.Master = None,
+    remote: o.Remote = None,
+    as_json: o.Json = False,
+) -> None:
+    """Compare a model's answers with the labels: loss, accuracy, precision, recall, F1, top-5, confusion matrix."""
+    with command(as_json=as_json) as output:
+        spark = _spark(master, remote)
+        net = o.open_model(model, weights, classes=classes, spark=spark)
+        found = net.evaluate(o.rows_of(spark, data), precision=precision, batch_size=batch_size)
+        result = {"report": found.to_json()}
+        _keep_report(found, report, plot, result)
+        output.result(result, str(found))
+
+
+@app.command(
+    epilog="**Examples**: `kindling predict cat.jpg dog.jpg --model model` (image files here: no Spark is started); "
+    "`kindling predict hdfs:///new --model model --out answers.parquet`"
+)
+def predict(
+    data: o.Data,
+    model: o.ModelName,
+    weights: o.Weights = None,
+    out: Annotated[
+        str | None, o.option(o.OUTPUT, "Parquet to write instead of showing rows.", metavar="FOLDER")
+    ] = None,
+    top_k: Annotated[int, o.option(o.OUTPUT, "Best classes given for each row.", min=1)] = 5,
+    limit: Annotated[int, o.option(o.OUTPUT, "Rows shown where there is no --out.", min=1)] = 20,
+    on_error: o.OnError = "keep",
+    precision: o.Precision = "auto",
+    overwrite: o.Overwrite = False,
+    classes: o.Classes = None,
+    master: o.Master = None,
+    remote: o.Remote = None,
+    as_json: o.Json = False,
+) -> None:
+    """Classify photos: the best label, its probability, and the runners-up."""
+    with command(as_json=as_json) as output:
+        if (out, master, remote) == (None, None, None) and all(Path(name).is_file() for name in data):
+            net = o.open_model(model, weights, classes=classes)
+            answers = [{"path": path, **row} for path, row in zip(data, net.predict(data, top_k=top_k), strict=True)]
+            output.result({"predictions": answers}, _table(answers))
+            return
+        if out is not None:
+            _refuse_to_replace(out, overwrite)
+        spark = _spark(master, remote)
+        net = o.open_model(model, weights, classes=classes, spark=spark)
+        frame = net.predict(o.rows_of(spark, data), top_k=top_k, on_error=on_error, precision=precision)
+        if out is None:
+            answers = [row.asDict(recursive=True) for row in frame.limit(limit).collect()]
+            output.result({"predictions": answers}, _table(answers))
+        else:
+            frame.write.mode("overwrite" if overwrite else "error").parquet(out)
+            rows = spark.read.parquet(out).count()
+            output.result({"out": out, "rows": rows}, f"{rows} rows in {out}")
+
+
+def _table(answers: list[dict[str, Any]]) -> str:
+    """One line for each row: the answer, its probability, the path, the runners-up."""
+    lines = []
+    for answer in answers:
+        if answer.get("error"):
+            lines.append(f"{'?':<24} {'':>5}  {answer.get('path', '')}  ({answer['error']})")
+            continue
+        others = ", ".join(f"{other['label']} {other['probability']:.3f}" for other in answer["top_k"][1:])
+        line = f"{answer['prediction']:<24} {answer['probability']:.3f}  {answer.get('path', '')}"
+        lines.append(f"{line}  (then {others})" if others else line)
+    return "\n".join(lines) or "no rows"
+
+
+@app.command(epilog="**Examples**: `kindling summary vgg16 --until fc2`; `kindling summary model --plot model.svg`")
+def summary(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A shipped net, the folder of a saved model, or module:function.",
+            show_default=False,
+        ),
+    ],
+    weights: o.Weights = None,
+    until: o.Until = None,
+    freeze: o.Freeze = None,
+    plot: Annotated[Path | None, o.option(o.OUTPUT, "Draw the net (SVG, PNG).", metavar="FILE")] = None,
+    classes: o.Classes = None,
+    as_json: o.Json = False,
+) -> None:
+    """Show a net's layers, sizes and parameters. Starts no Spark."""
+    with command(as_json=as_json) as output:
+        net = o.open_model(model, weights, classes=classes)
+        net = net.until(*until) if until else net
+        net = net.freeze(until=freeze) if freeze else net
+        table = net.summary()
+        if plot is not None:
+            net.plot(plot)
+            say(f"picture in {plot}")
+        output.result(table.to_json(), str(table))
+
+
+@app.command(
+    epilog="**Example**: `kindling transfer hdfs:///caltech256 --net vgg16 --weights vgg16.safetensors --until fc2 "
+    "--out hdfs:///models/caltech256 --report report.json --plot confusion.png`"
+)
+def transfer(
+    data: o.Data,
+    model: o.ModelName,
+    out: Annotated[
+        str, o.option(o.OUTPUT, "Where to save the model: net, head, preparation and labels.", metavar="FOLDER")
+    ],
+    weights: o.Weights = None,
+    until: o.Until = None,
+    split: o.Shares = ".7,.15,.15",
+    epochs: o.Epochs = 20,
+    batch_size: o.BatchSize = 32,
+    lr: o.Rate = 0.01,
+    momentum: o.Momentum = 0.9,
+    weight_decay: o.WeightDecay = 0.0,
+    strategy: o.StrategyName = "averaging:5",
+    workers: o.Workers = None,
+    seed: o.Seed = 0,
+    precision: o.Precision = "auto",
+    features: Annotated[
+        str | None,
+        o.option(o.OUTPUT, "Keep the features here as Parquet: a second run computes only new ones.", metavar="FOLDER"),
+    ] = None,
+    report: o.ReportFile = None,
+    plot: o.PlotFile = None,
+    overwrite: o.Overwrite = False,
+    classes: o.Classes = None,
+    master: o.Master = None,
+    remote: o.Remote = None,
+    as_json: o.Json = False,
+) -> None:
+    """The whole job: photos in; features of a trained net, a new head trained on Spark, a report and a model out."""
+    with command(as_json=as_json) as output:
+        agree, shares = o.strategy_of(strategy), o.shares_of(split)
+        _refuse_to_replace(out, overwrite)
+        from kindling.transfer import transfer as run
+
+        clock = Clock()
+        with clock.phase("start Spark"):
+            spark = _spark(master, remote)
+        with clock.phase("load the net"):
+            net = o.open_model(model, weights, classes=classes, spark=spark)
+            net = net.until(*until) if until else net
+        done = run(
+            o.rows_of(spark, data),
+            net,
+            shares=shares,
+            features=features,
+            precision=precision,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=o.sgd(lr, momentum, weight_decay),
+            strategy=agree,
+            workers=workers,
+            seed=seed,
+            clock=clock,
+        )
+        with clock.phase("save"):
+            done.model.save(out, overwrite=overwrite)
+        result = {"model": out, "seconds": clock.to_json(), **done.to_json()}
+        _keep_report(done.test, report, plot, result)
+        output.result(result, f"{done.test}\n\n{done}\n\n{clock}\nmodel in {out}")
+
+
+@app.command(epilog="**Example**: `kindling demo --out demo-output`")
+def demo(
+    out: Annotated[Path, o.option(o.OUTPUT, "Where the pictures, features and models go.", metavar="FOLDER")] = Path(
+        "demo-output"
+    ),
+    master: Annotated[str | None, o.option(o.WHERE, "Spark master; default: local[2].", metavar="URL")] = None,
+    remote: o.Remote = None,
+    as_json: o.Json = False,
+) -> None:
+    """Transfer learning from handwritten digits 0-4 to 5-9, offline, in under three minutes on two cores."""
+    with command(as_json=as_json) as output:
+        from kindling.demo import run
+
+        spark = _spark(master or (None if remote else "local[2]"), remote)
+        result = run(spark, out)
+        output.result(result.to_json(), str(result))
