@@ -6,20 +6,37 @@ evaluate), `train` (fit), `bundle` (save). Nothing here imports Spark; the rooms
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kindling.prepare import Preparation
-from kindling.signature import Signature
+from kindling.errors import ConfigError, FormatError, ModelError, did_you_mean
+from kindling.prepare import ArrayStep, LabelStep, Preparation, Step
+from kindling.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from pyspark.sql import DataFrame, SparkSession
+    from torch import Tensor, nn
+
+    from kindling.evaluate import Report
+    from kindling.surgery import Summary
+    from kindling.train.strategies import Strategy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Model:
-    """A torch module, its signature, its preparation and its labels. Immutable: treat the module as read-only too."""
+    """A torch module, its signature, its preparation and its labels. Immutable: treat the module as read-only too.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> model = Model.of(net, column="features", shape=(4,), labels=["setosa", "versicolor", "virginica"])
+    >>> model
+    Model 'Sequential': features (N, 4) float32 -> output (N, 3) float32; 3 labels; 67 parameters, none frozen
+    >>> model.until("0").signature.outputs["0"].shape
+    ('N', 8)
+    """
 
     module: nn.Module
     signature: Signature
@@ -34,4 +51,332 @@ class Model:
     source: Mapping[str, Any] = field(default_factory=dict)
     """Where the weights came from: file name, sha256, layout, licence."""
 
+    # ------------------------------------------------------------------------------------------------- making one
 
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        *,
+        column: str = "features",
+        shape: Sequence[int] | None = None,
+        inputs: Step | Sequence[Step] | None = None,
+        labels: Iterable[str] | None = None,
+        target: str = "label",
+        name: str | None = None,
+    ) -> Model:
+        """Wrap any torch module.
+
+        Args:
+            module: takes one tensor per input, rows first, and returns one tensor (or a tuple or dict of them).
+            column, shape: of the list column it reads and of one row's tensor, for nets that take plain numbers.
+            inputs: preparation steps instead, in the order of the module's arguments, for photos and anything else.
+            labels: class names in the order of the module's scores.
+            target: the column that holds a row's true label.
+            name: what to call it; the class's name if None.
+        Raises: ConfigError, when neither `shape` nor `inputs` says what a row looks like; ModelError, when the module
+            cannot take it.
+        """
+        from kindling import surgery
+
+        if inputs is None:
+            if shape is None:
+                raise ConfigError("shape", shape, "leaves open what one row looks like", "Give shape=(4,), or inputs=")
+            inputs = ArrayStep(column, column, tuple(shape))
+        steps = (inputs,) if isinstance(inputs, Step) else tuple(inputs)
+        specs = {step.name: _tensor_spec(step) for step in steps}
+        signature = surgery.infer_output_shapes(module, Signature(specs, {}))
+        names = None if labels is None else tuple(str(label) for label in labels)
+        targets = () if names is None else (LabelStep("target", target, names),)
+        return cls(
+            module=module,
+            signature=signature,
+            preparation=Preparation(steps, targets),
+            labels=names,
+            name=name or type(module).__name__,
+        )
+
+    def __repr__(self) -> str:
+        def side(specs: Mapping[str, TensorSpec]) -> str:
+            return ", ".join(f"{name} ({', '.join(map(str, s.shape))}) {s.dtype}" for name, s in specs.items())
+
+        count = sum(p.numel() for p in self.module.parameters())
+        labels = f"{len(self.labels)} labels; " if self.labels else ""
+        frozen = f"{len(self.frozen)} layers frozen" if self.frozen else "none frozen"
+        return (
+            f"Model {self.name!r}: {side(self.signature.inputs)} -> {side(self.signature.outputs)}; "
+            f"{labels}{count:,} parameters, {frozen}"
+        )
+
+    # -------------------------------------------------------------------------------------------------- looking
+
+    def summary(self) -> Summary:
+        """The table of layers: name and type, sizes in and out, parameters, shapes, inputs; then the totals."""
+        from kindling import surgery
+
+        return surgery.summary(self.module, self.signature, self.frozen, self.labels)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the net's graph as SVG or PNG (by the file's ending); returns the path."""
+        from kindling import picture
+
+        return picture.plot(self.module, self.signature, self.frozen, path)
+
+    # -------------------------------------------------------------------------------------------------- surgery
+
+    def until(self, *names: str) -> Model:
+        """The net up to a layer: what it gives after its activation. Several names give several outputs.
+
+        Layers that nothing needs any more are removed with their weights.
+        Raises: ModelError, for a layer that is not there.
+        """
+        from kindling import surgery
+
+        if not names:
+            raise ConfigError("names", names, "names no layer to end at", f"Name one or more, as in until('fc2').{self._layers()}")
+        module, signature = surgery.until(self.module, names, self.signature)
+        kept = self.frozen & surgery.frozen_layers(module, None)
+        return replace(self, module=module, signature=signature, labels=None, frozen=kept, preparation=self._untargeted())
+
+    def freeze(self, until: str | None = None) -> Model:
+        """Leave layers alone in training: no gradients, dropout off, batch statistics fixed.
+
+        Args:
+            until: the last layer to freeze, with all that it is computed from; None freezes every layer.
+        Raises: ModelError, for a layer that is not there.
+        """
+        from kindling import surgery
+
+        return replace(self, frozen=self.frozen | surgery.frozen_layers(self.module, until))
+
+    def unfreeze(self) -> Model:
+        """Let every layer learn again."""
+        return replace(self, frozen=frozenset())
+
+    def then(
+        self,
+        layers: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        *,
+        labels: Iterable[str] | None = None,
+        name: str | None = None,
+        target: str = "label",
+    ) -> Model:
+        """Append layers behind the net's one output.
+
+        Args:
+            layers: a module, several in order, or a mapping from name to module.
+            labels: class names in the order of the new scores; `kindling.labels(df)` finds them.
+            name: of the one layer, where `layers` is one module.
+            target: the column that holds a row's true label.
+        Raises: ModelError, when the first layer cannot take what the net gives, or the labels do not fit the scores.
+        """
+        from kindling import surgery
+
+        module, signature = surgery.then(self.module, self.signature, layers, name)
+        names = None if labels is None else tuple(str(label) for label in labels)
+        preparation = self._untargeted()
+        if names is not None:
+            (spec,) = signature.outputs.values()
+            binary = len(names) == 2 and spec.shape[-1] == 1
+            if spec.shape[-1] != len(names) and not binary:
+                raise ModelError(f"the last layer gives {spec.shape[1:]} scores, but there are {len(names)} labels.")
+            preparation = Preparation(preparation.inputs, (LabelStep("target", target, names),))
+        return replace(self, module=module, signature=signature, labels=names, preparation=preparation)
+
+    def replace_layer(self, name: str, layer: nn.Module) -> Model:
+        """Put another layer in a layer's place; what comes after must take its output.
+
+        Raises: ModelError, for a layer that is not there or does not fit.
+        """
+        from kindling import surgery
+
+        module, signature = surgery.replace(self.module, self.signature, name, layer)
+        changed = {n: s.shape for n, s in signature.outputs.items()} != {n: s.shape for n, s in self.signature.outputs.items()}
+        return replace(
+            self,
+            module=module,
+            signature=signature,
+            frozen=self.frozen - {name},
+            labels=None if changed else self.labels,
+            preparation=self._untargeted() if changed else self.preparation,
+        )
+
+    def with_labels(self, labels: Iterable[str], *, target: str = "label") -> Model:
+        """The same net with names for its scores, and `target` as the column that holds a row's true one."""
+        names = tuple(str(label) for label in labels)
+        return replace(
+            self, labels=names, preparation=Preparation(self.preparation.inputs, (LabelStep("target", target, names),))
+        )
+
+    def _untargeted(self) -> Preparation:
+        return Preparation(self.preparation.inputs)
+
+    def _layers(self) -> str:
+        from kindling import surgery
+
+        return did_you_mean("", [layer.name for layer in surgery.layers(self.module, self.signature)])
+
+    # ---------------------------------------------------------------------------------------------------- using
+
+    def featurize(self, df: DataFrame, **options: Any) -> DataFrame:
+        """Run the net over a DataFrame; see `kindling.predict.batch.featurize` for the options.
+
+        Returns: path, label, features array<float>, error (one array column per output where there are several).
+        """
+        from kindling.predict import batch
+
+        return batch.featurize(self, df, **options)
+
+    def predict(self, rows: Any, **options: Any) -> Any:
+        """Predict: a DataFrame gives a DataFrame (see `kindling.predict.batch.predict`), a list gives a list.
+
+        A list may hold image bytes, paths, PIL images, arrays, or dicts of columns; it needs no Spark.
+        """
+        if isinstance(rows, list | tuple):
+            from kindling.predict import engine
+
+            return engine.predict_list(self, rows, **options)
+        from kindling.predict import batch
+
+        return batch.predict(self, rows, **options)
+
+    def evaluate(self, df: DataFrame, **options: Any) -> Report:
+        """Loss, accuracy, precision, recall, F1, top-5 and the confusion matrix, exact under any partitioning."""
+        from kindling.predict import batch
+
+        return batch.evaluate(self, df, **options)
+
+    def fit(
+        self,
+        df: DataFrame,
+        *,
+        epochs: int = 10,
+        batch_size: int = 32,
+        optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        strategy: Strategy | None = None,
+        validation: DataFrame | None = None,
+        workers: int | None = None,
+        threads: int = 1,
+        seed: int = 0,
+        run: str | Path | None = None,
+        target: str | None = None,
+        precision: str = "auto",
+        on_error: str = "fail",
+        key: str | None = None,
+        checkpoint_every: int = 1,
+        progress: bool = True,
+    ) -> Model:
+        """Train on Spark; returns the trained model. A killed worker is survived: the others start again with it.
+
+        A frozen front part is run once over the data, and only the rest is trained.
+
+        Args:
+            df: the training rows, with the columns that the preparation reads and `target`.
+            epochs: passes over the data.
+            batch_size: rows of one step on one worker; the global batch is this times `workers`.
+            optimizer: makes a torch optimizer of the parameters, `partial(torch.optim.SGD, lr=0.1)`; Adam if None.
+            loss: a torch loss of (outputs, targets); cross entropy for classes and squared error for numbers if None.
+            strategy: how workers agree; `AllReduce()` if None.
+            validation: rows to measure after every epoch.
+            workers: tasks that train at the same time; as many as the session has slots for if None.
+            threads: computing threads of each worker.
+            seed: of the order of rows and of the net's random draws. The same data, seed, workers, threads, processor
+                type and versions give the same bits.
+            run: run directory for events, checkpoints and the final model, on any file system; must not hold a run
+                already. None keeps checkpoints in a temporary one.
+            target: the column to learn; the model's own (`"label"` at first) if None.
+            precision: of the frozen part: `"fp32"`, `"bf16"`, or `"auto"`, which tries.
+            on_error: broken rows `"fail"` the training or are left out (`"drop"`) and counted. A label that the
+                model does not know is a broken row too.
+            key: the column whose hash gives a row its place; `path` if there is one, else all columns read.
+            checkpoint_every: epochs between checkpoints.
+            progress: show a progress bar.
+        Raises: ConfigError, DataError, ModelError, TrainingError: what cannot work, from the driver, before or during
+            the training.
+        """
+        from kindling.train.fit import fit
+
+        own = self.preparation.targets[0].column if self.preparation.targets else "label"
+        return fit(
+            self,
+            df,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            loss=loss,
+            strategy=strategy,
+            validation=validation,
+            workers=workers,
+            threads=threads,
+            seed=seed,
+            run=run,
+            target=target or own,
+            precision=precision,
+            on_error=on_error,
+            key=key,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+
+    # --------------------------------------------------------------------------------------------------- keeping
+
+    def save(self, path: str | Path, *, overwrite: bool = False, spark: SparkSession | None = None) -> None:
+        """Write a bundle: architecture, weights, preparation, labels, history, checksums. No code, no pickle.
+
+        Raises: StorageError, when something is there already; ModelError, when the module cannot be stored.
+        """
+        from kindling import bundle
+
+        bundle.save(self, str(path), overwrite=overwrite, spark=spark)
+
+
+def load(
+    source: str | Path,
+    weights: str | Path | None = None,
+    *,
+    classes: Sequence[type] = (),
+    spark: SparkSession | None = None,
+    progress: bool = True,
+) -> Model:
+    """A model by name or from a bundle.
+
+    Args:
+        source: a net of kindling (`"vgg16"`), or the path of a bundle that `Model.save` wrote.
+        weights: for a net by name: a file, a URL, or the name of published weights; None draws random ones.
+        classes: for a bundle of a module that is no graph: the classes it may be made of.
+        spark: the session whose file systems to use for a remote path; the active one if None.
+        progress: show a bar while weights are downloaded.
+    Raises: FormatError, for a damaged or hostile file and for a name that is neither; StorageError.
+
+    >>> load("lenet")
+    Model 'lenet': image (N, 1, 28, 28) float32 -> predictions (N, 10) float32; ...
+    """
+    from kindling import nets
+
+    name = str(source)
+    if name in nets.NETS:
+        parts = nets.load_net(name, weights=str(weights) if weights is not None else None, progress=progress)
+        return Model(
+            module=parts.module,
+            signature=parts.signature,
+            preparation=parts.preparation,
+            labels=parts.labels,
+            name=parts.name,
+            source=parts.source,
+        )
+    if weights is not None:
+        raise ConfigError("source", name, f"is no net that takes weights.{did_you_mean(name, nets.NETS)}", "Name one of them")
+    if "/" not in name and not Path(name).exists():
+        raise FormatError(f"{name!r} is neither a net of kindling nor a bundle on disk.{did_you_mean(name, nets.NETS)}")
+    from kindling import bundle
+
+    return bundle.load(name, classes=classes, spark=spark)
+
+
+def _tensor_spec(step: Step) -> TensorSpec:
+    """What a step's tensor looks like, from one row of zeros."""
+    import numpy as np
+
+    tensor = step.batch({name: np.zeros((1, *shape), dtype) for name, (dtype, shape) in step.packed_spec().items()})
+    return TensorSpec(("N", *tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))

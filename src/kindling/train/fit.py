@@ -1,0 +1,604 @@
+"""`fit` on the driver: plan, check, launch, listen, collect.
+
+Pack -> shuffle -> barrier stage -> collect, as one Spark job (see docs/ARCHITECTURE.md). The work itself is in `spool`
+(packing), `worker` and `loop` (training). Runs on Spark Classic and Spark Connect alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kindling import ship
+from kindling.errors import ConfigError, DataError, KindlingError, ModelError, SessionError, did_you_mean, from_text
+from kindling.prepare import ArrayStep, LabelStep, Preparation, Step, ValueStep
+from kindling.signature import Signature
+from kindling.train import spool
+from kindling.train.events import Event, Listener
+from kindling.train.progress import TrainingBar
+from kindling.train.settings import ON_ERROR, LoopSettings, WorkerSpec
+from kindling.train.worker import REPORT_SCHEMA, run_worker
+
+if TYPE_CHECKING:
+    import torch
+    from pyspark.sql import DataFrame, SparkSession
+    from torch import Tensor, nn
+
+    from kindling.model import Model
+    from kindling.storage import Place
+    from kindling.surgery import Split
+    from kindling.train.strategies import Strategy
+
+    OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+_LOG = logging.getLogger("kindling.fit")
+_ROWS_PER_ARROW_BATCH = 256  # where Spark counts rows and not bytes (before 4.1): keeps a batch of photos small
+
+
+def fit(
+    model: Model,
+    df: DataFrame,
+    *,
+    epochs: int,
+    batch_size: int,
+    optimizer: OptimizerFactory | None,
+    loss: Callable[..., Tensor] | None,
+    strategy: Strategy | None,
+    validation: DataFrame | None,
+    workers: int | None,
+    threads: int,
+    seed: int,
+    run: str | Path | None,
+    target: str,
+    precision: str,
+    on_error: str,
+    key: str | None,
+    checkpoint_every: int,
+    progress: bool,
+) -> Model:
+    """Train `model` on a DataFrame; see `Model.fit` for the arguments. Returns a new Model."""
+    from kindling.train.strategies import AllReduce
+
+    if on_error not in ON_ERROR:
+        raise ConfigError("on_error", on_error, "is not a way to treat broken rows", f"Use one of {ON_ERROR}")
+    settings = LoopSettings(epochs=epochs, batch_size=batch_size, seed=seed, checkpoint_every=checkpoint_every)
+    spark = df.sparkSession
+    began = time.perf_counter()
+    labels, target_step = _target(model, df, target, loss)
+    preparation = Preparation(model.preparation.inputs, (target_step,))
+    needed = preparation.columns(targets=True)
+    key_columns = _key_columns(df, needed, key)
+    for frame, name in ((df, "the training data"), (validation, "the validation data")):
+        if frame is not None:
+            _check_columns(frame, list(dict.fromkeys([*needed, *key_columns])), name)
+    split, tail, tail_signature, tail_preparation = _cut(model, preparation)
+    loss = loss or _default_loss(target_step)
+    make_optimizer = optimizer or _default_optimizer
+    classes = _rehearse(tail, tail_signature, tail_preparation, model.frozen, loss, make_optimizer, labels)
+    workers = _workers(spark, workers)
+    strategy = strategy or AllReduce()
+
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(TrainingBar(epochs, shown=progress))
+        place, beacon = _run_directory(run, spark, stack)
+        desk = _Desk(bar)
+        address = own_address(spark)
+        listener = stack.enter_context(Listener(desk.on_event, address)) if address else None
+        prefix = _prefix(spark, model, split, df, precision) if split else None
+        run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
+        spec = WorkerSpec(
+            run=f"{secrets.token_hex(4)}",
+            workers=workers,
+            threads=threads,
+            loop=settings,
+            module=ship.ship_module(spark, tail, channels_last=False),
+            signature=tail_signature.to_json(),
+            preparation=tail_preparation.to_json(),
+            frozen=model.frozen,
+            classes=classes,
+            callables=_callables(make_optimizer, loss, strategy),
+            run_directory=place.path if place else None,
+            directory_asked=run is not None,
+            beacon=beacon,
+            listener=listener.address if listener else None,
+        )
+        described = _describe(model, spec, strategy, prefix, run_name, key_columns, make_optimizer, loss)
+        if place:
+            place.write("run.json", json.dumps(described, indent=1).encode())
+        pack = spool.PackSpec(
+            preparation=preparation.to_json(),
+            prefix=prefix[0] if prefix else None,
+            routes=route_keys(workers),
+            stream=spool.TRAIN,
+            drop_broken=on_error == "drop",
+            threads=threads,
+        )
+        packed = _packed(df, pack, needed, key_columns)
+        if validation is not None:
+            packed = packed.unionAll(_packed(validation, replace(pack, stream=spool.VALIDATION), needed, key_columns))
+        trained = (
+            packed.repartition(workers, "key")
+            .mapInArrow(ship.guard(partial(run_worker, spec)), REPORT_SCHEMA, barrier=True)
+            # Spark starts a failed barrier stage again only where it is not the last one of its job.
+            .repartition(1)
+        )
+        result = _collect(spark, trained, desk, stack)
+        module = _trained_module(tail, result.weights)
+        record = {
+            **described,
+            "attempts": result.attempt + 1,
+            "rows": result.rows,
+            "sha256": result.sha256,
+            "epochs": result.history,
+            "phases_s": result.phases(began, desk.first_step),
+            "broken": result.broken,
+        }
+        if result.broken["rows"]:
+            examples = "; ".join(f"{name}: {why}" for name, why in result.broken["examples"])
+            _LOG.warning("%s broken rows were left out: %s", f"{result.broken['rows']:,}", examples)
+        from kindling import surgery
+
+        fitted = replace(
+            model,
+            module=surgery.join(split.prefix, module, split) if split else module,
+            preparation=preparation,
+            labels=labels,
+            history=(*model.history, record),
+        )
+        if place and run is not None:
+            place.write("result.json", json.dumps(record, indent=1).encode())
+            from kindling import bundle
+
+            bundle.save(fitted, f"{place.path.rstrip('/')}/model", overwrite=True, spark=spark)
+    return fitted
+
+
+# ------------------------------------------------------------------------------------------------------ planning
+
+
+def _target(
+    model: Model, df: DataFrame, target: str, loss: Callable[..., Any] | None
+) -> tuple[tuple[str, ...] | None, Step]:
+    """Labels and the step that reads the target column: what the model says, else what the column and the loss say."""
+    import torch
+
+    if target not in df.columns:
+        raise DataError(
+            f"the training data has no column {target!r} to learn.{did_you_mean(target, df.columns)} Name it with target=..."
+        )
+    if model.labels is not None:
+        return model.labels, LabelStep("target", target, model.labels)
+    kind = dict(df.dtypes)[target]
+    if kind == "string":
+        raise DataError(
+            f"column {target!r} holds text, and the model has no labels. Give them: model.then(..., labels=kindling.labels(df))."
+        )
+    whole = kind in ("tinyint", "smallint", "int", "bigint", "boolean")
+    classifies = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) or (loss is None and whole)
+    if not classifies:
+        size = next(iter(model.signature.outputs.values())).shape[1:]
+        listed = kind.startswith("array")
+        return None, ValueStep("target", target, tuple(int(n) for n in size) if listed else ())
+    width = _classes_of(model.signature)
+    names = tuple(str(index) for index in range(width))
+    return names, LabelStep("target", target, names)
+
+
+def _classes_of(signature: Signature) -> int:
+    (name, spec), *_ = signature.outputs.items()
+    width = spec.shape[-1] if len(spec.shape) == 2 else None
+    if not isinstance(width, int):
+        raise ModelError(f"output {name!r} has shape {spec.shape}, so how many classes there are cannot be told. Give labels.")
+    return width
+
+
+def _key_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[str]:
+    """Columns whose hash gives a row its place."""
+    if key is not None:
+        if key not in df.columns:
+            raise ConfigError("key", key, f"is no column of the training data.{did_you_mean(key, df.columns)}", "Name a column that tells rows apart")
+        return [key]
+    return ["path"] if "path" in df.columns else list(needed)
+
+
+def _check_columns(df: DataFrame, needed: Sequence[str], name: str) -> None:
+    for column in needed:
+        if column not in df.columns:
+            raise DataError(f"{name} has no column {column!r}, which the model reads.{did_you_mean(column, df.columns)}")
+
+
+def _cut(model: Model, preparation: Preparation) -> tuple[Split | None, nn.Module, Signature, Preparation]:
+    """The frozen front part and the rest, with the preparation of the rest."""
+    from kindling import surgery
+
+    split = surgery.split_frozen(model.module, model.signature, model.frozen)
+    if split is None:
+        return None, model.module, model.signature, preparation
+    inputs: list[Step] = []
+    for name in split.boundary:
+        shape = split.prefix_signature.outputs[name].shape[1:]
+        inputs.append(ArrayStep(name, name, tuple(int(size) for size in shape)))
+    return split, split.tail, split.tail_signature, Preparation(tuple(inputs), preparation.targets)
+
+
+def _prefix(
+    spark: SparkSession, model: Model, split: Split, df: DataFrame, precision: str
+) -> tuple[spool.PrefixSpec, dict[str, Any]]:
+    """The frozen part on its way to the packing tasks, with the precision it will run in."""
+    from kindling.predict.batch import choose_precision
+    from kindling.predict.engine import PRECISIONS, net_batch
+
+    front = replace(model, module=split.prefix, signature=split.prefix_signature, labels=None, frozen=frozenset())
+    chosen = choose_precision(front, df, precision)
+    spec = spool.PrefixSpec(
+        module=ship.ship_module(spark, split.prefix, dtype=PRECISIONS[chosen.name]),
+        signature=split.prefix_signature.to_json(),
+        precision=chosen.name,
+        batch_size=net_batch(split.prefix_signature),
+    )
+    return spec, chosen.to_json()
+
+
+def _default_loss(target: Step) -> Callable[..., Tensor]:
+    import torch
+
+    return torch.nn.CrossEntropyLoss() if isinstance(target, LabelStep) else torch.nn.MSELoss()
+
+
+def _default_optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def _rehearse(
+    module: nn.Module,
+    signature: Signature,
+    preparation: Preparation,
+    frozen: frozenset[str],
+    loss: Callable[..., Tensor],
+    make_optimizer: OptimizerFactory,
+    labels: tuple[str, ...] | None,
+) -> int | None:
+    """One forward and backward pass of made-up rows on the driver: shapes, dtypes, labels, loss and optimizer fit.
+
+    Returns: the number of classes, or None for regression.
+    Raises: ModelError, ConfigError, TrainingError: what does not fit.
+    """
+    import numpy as np
+    import torch
+
+    from kindling import surgery
+    from kindling.train.loop import compute_loss
+
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, (dtype, shape) in preparation.packed_spec(targets=True).items():
+        noise = rng.random((4, *shape))
+        arrays[name] = (noise * (255 if dtype == "uint8" else 0 if "int" in dtype else 1)).astype(dtype)
+    copied = copy.deepcopy(module)
+    surgery.set_training(copied, frozen)
+    trainable = [p for p in copied.parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError("no layer can learn: all are frozen, or have no weights. Use unfreeze(), or then() to add a layer.")
+    with torch.random.fork_rng(devices=[]):
+        batch = preparation.batch(arrays, targets=True)
+        value = compute_loss(copied, signature, batch, loss)
+        value.backward()  # type: ignore[no-untyped-call]
+        outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
+    if labels is not None:
+        width = outputs.shape[1] if outputs.dim() == 2 else 0
+        binary = len(labels) == 2 and outputs.numel() == len(outputs)
+        if width != len(labels) and not binary:
+            raise ModelError(
+                f"the net's output has shape {('N', *outputs.shape[1:])}, but there are {len(labels)} labels. "
+                f"The last layer should give {len(labels)} scores."
+            )
+    made = make_optimizer(trainable)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            "optimizer", make_optimizer, f"gave a {type(made).__name__}", "Give a function of parameters that returns a torch optimizer: partial(torch.optim.SGD, lr=0.1)"
+        )
+    return len(labels) if labels is not None else None
+
+
+def _callables(make_optimizer: OptimizerFactory, loss: Callable[..., Any], strategy: Strategy) -> bytes:
+    import cloudpickle
+
+    try:
+        return bytes(cloudpickle.dumps((make_optimizer, loss, strategy)))
+    except Exception as error:
+        raise ConfigError(
+            "optimizer, loss", (make_optimizer, loss), f"cannot be sent to the workers: {error}", "Use functions and classes without open files, locks or sessions"
+        ) from error
+
+
+def _describe(
+    model: Model,
+    spec: WorkerSpec,
+    strategy: Strategy,
+    prefix: tuple[spool.PrefixSpec, dict[str, Any]] | None,
+    name: str,
+    key_columns: Sequence[str],
+    make_optimizer: OptimizerFactory,
+    loss: Callable[..., Any],
+) -> dict[str, Any]:
+    """The run as JSON: what was asked for, and with what."""
+    import pyspark
+    import torch
+
+    import kindling
+
+    return {
+        "version": 1,
+        "run": name,
+        "model": model.name,
+        "started_unix_s": time.time(),
+        "settings": asdict(spec.loop),
+        "workers": spec.workers,
+        "threads": spec.threads,
+        "strategy": {"name": type(strategy).__name__, **asdict(strategy)},  # type: ignore[call-overload]
+        "optimizer": _plain(make_optimizer),
+        "loss": _plain(loss),
+        "key": list(key_columns),
+        "prefix_precision": prefix[1] if prefix else None,
+        "versions": {"kindling": kindling.__version__, "torch": torch.__version__, "pyspark": pyspark.__version__},
+    }
+
+
+def _plain(thing: Any) -> str:
+    if isinstance(thing, partial):
+        inside = [*map(repr, thing.args), *(f"{k}={v!r}" for k, v in thing.keywords.items())]
+        return f"{_plain(thing.func)}({', '.join(inside)})"
+    return getattr(thing, "__qualname__", None) or repr(thing)
+
+
+# --------------------------------------------------------------------------------------------------------- Spark
+
+
+def _packed(df: DataFrame, pack: spool.PackSpec, needed: Sequence[str], key_columns: Sequence[str]) -> DataFrame:
+    from pyspark.sql import functions as F
+
+    key = F.col(_quoted(key_columns[0])).cast("string") if len(key_columns) == 1 else F.lit("?")
+    columns = [F.col(_quoted(name)) for name in needed]
+    hashed = F.xxhash64(*(F.col(_quoted(name)) for name in key_columns))
+    ready = df.select(*columns, hashed.alias(spool.HASH), key.alias(spool.KEY))
+    return ready.mapInArrow(ship.guard(partial(spool.pack_rows, pack)), spool.BLOB_SCHEMA)
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def route_keys(workers: int) -> tuple[int, ...]:
+    """One shuffle key per worker, such that `repartition(workers, key)` sends each to a partition of its own.
+
+    >>> route_keys(3)
+    (5, 3, 0)
+    """
+    found: dict[int, int] = {}
+    key = 0
+    while len(found) < workers:
+        found.setdefault(murmur3_of_long(key) % workers, key)
+        key += 1
+    return tuple(found[worker] for worker in range(workers))
+
+
+def murmur3_of_long(value: int, seed: int = 42) -> int:
+    """Spark's hash of a long, as a signed 32-bit integer. Source: MurmurHash3_x86_32 (Appleby), as Spark SQL's `hash`.
+
+    >>> murmur3_of_long(1)
+    -1712319331
+    """
+
+    def rotate(x: int, bits: int) -> int:
+        return ((x << bits) | (x >> (32 - bits))) & 0xFFFFFFFF
+
+    h = seed
+    for half in (value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF):
+        k = rotate(half * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+        h = (rotate(h ^ k, 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
+    h ^= 8
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    h ^= h >> 16
+    return h - (1 << 32) if h >= 1 << 31 else h
+
+
+def slots(spark: SparkSession, patience_s: float = 20.0, wanted: int = 1) -> int | None:
+    """Tasks that can run at the same time, or None where the session does not tell (a remote Connect server)."""
+    master = spark.conf.get("spark.master", "") or ""
+    inside = master.partition("[")[2].rstrip("]").split(",")
+    if master.startswith("local-cluster["):
+        return int(inside[0]) * int(inside[1])
+    if ship.is_connect(spark):
+        if master.startswith("local"):
+            import os
+
+            return (os.cpu_count() or 1) if inside[0] == "*" else int(inside[0] or 1)
+        return None
+    context = spark.sparkContext
+    scala = context._jsc.sc()
+    deadline = time.monotonic() + patience_s
+    while True:
+        free = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
+        if free >= wanted or time.monotonic() > deadline:
+            return free
+        time.sleep(0.25)  # executors register one after the other
+
+
+def _workers(spark: SparkSession, asked: int | None) -> int:
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
+        raise ConfigError("workers", asked, "leaves nobody to train", "Use 1 or more")
+    there = slots(spark, wanted=asked or 1)
+    if asked is None:
+        return there or 2
+    if there is not None and asked > there:
+        raise ConfigError(
+            "workers", asked, f"needs {asked} task slots at the same time, and the session has {there}", f"Use workers={there} or a larger cluster"
+        )
+    return asked
+
+
+def own_address(spark: SparkSession) -> str | None:
+    """The address of this driver that workers can reach: loopback where they run on this machine."""
+    master = spark.conf.get("spark.master", "") or ""
+    if master.startswith("local"):
+        return "127.0.0.1"
+    return None if ship.is_connect(spark) else spark.conf.get("spark.driver.host", None)
+
+
+def _run_directory(run: str | Path | None, spark: SparkSession, stack: contextlib.ExitStack) -> tuple[Place | None, str]:
+    """The run directory with its beacon; a temporary one, gone afterwards, where none was asked for."""
+    from kindling.storage import open_place
+
+    beacon = secrets.token_hex(16)
+    if run is None:
+        folder = tempfile.mkdtemp(prefix="kindling-run-")
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        place = open_place(folder)
+    else:
+        place = open_place(str(run), spark=spark)
+        if place.exists("run.json"):
+            raise ConfigError("run", str(run), "already holds a run", "Name a new directory, or remove that one")
+        place.makedirs()
+    place.write("beacon", beacon.encode())
+    return place, beacon
+
+
+@dataclass
+class _Desk:
+    """The driver's reader of events: shows progress, remembers the first error, and stops the job for it."""
+
+    bar: TrainingBar
+    error: KindlingError | None = None
+    cancel: Callable[[], None] | None = None
+    first_step: float | None = None
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "step" and self.first_step is None:
+            self.first_step = time.perf_counter()
+        if event.kind == "error" and self.error is None:
+            self.error = from_text(str(event.data.get("wire")))
+            if self.cancel is not None:
+                self.cancel()
+        self.bar.on_event(event)
+
+
+@dataclass(frozen=True)
+class _Result:
+    weights: bytes
+    history: list[dict[str, Any]]
+    events: list[Event]
+    attempt: int
+    rows: int
+    sha256: str
+    broken: dict[str, Any]
+
+    def phases(self, began: float, first_step: float | None) -> dict[str, float]:
+        """Seconds by phase, from the events; `to_first_step` is None-free only where the listener heard it."""
+        spent: dict[str, float] = {}
+        for event in self.events:
+            if event.kind == "spooled":
+                spent["spool"] = max(spent.get("spool", 0.0), float(event.data["seconds"]))
+        if first_step is not None:
+            spent["to_first_step"] = first_step - began
+        spent["epochs"] = sum(float(record["seconds"]) for record in self.history)
+        spent["all"] = time.perf_counter() - began
+        return spent
+
+
+def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contextlib.ExitStack) -> _Result:
+    """Run the job; an error that a worker has told ends it at once, without Spark's further attempts."""
+    tag = f"kindling-{secrets.token_hex(6)}"
+    desk.cancel = _cancel_by_tag(spark, tag, stack)
+    try:
+        with _bounded_arrow_batches(spark):
+            rows = trained.collect()
+    except KeyboardInterrupt:
+        desk.cancel()
+        raise
+    except Exception as error:
+        if desk.error is not None:
+            raise desk.error from None
+        ship.unwrap(error)
+    reports = {row["rank"]: json.loads(bytes(row["data"])) for row in rows if row["kind"] == "report"}
+    if not reports:
+        raise SessionError("the workers came back without a report. Was the job cancelled from outside?")
+    events = [
+        Event.from_line(line) for row in rows if row["kind"] == "events" for line in bytes(row["data"]).splitlines() if line
+    ]
+    digests = {rank: report["sha256"] for rank, report in reports.items()}
+    if len(set(digests.values())) > 1:
+        _LOG.warning("the workers ended with different weights: %s", digests)
+    parts = sorted((row["part"], bytes(row["data"])) for row in rows if row["kind"] == "weights")
+    first = reports[0]
+    notes = [note for note in first["notes"] if note.get("broken")]
+    return _Result(
+        weights=b"".join(data for _, data in parts),
+        history=first["history"],
+        events=events,
+        attempt=first["attempt"],
+        rows=first["rows"],
+        sha256=first["sha256"],
+        broken={
+            "rows": sum(note["broken"] for note in notes),
+            "examples": [example for note in notes for example in note["examples"]][:5],
+        },
+    )
+
+
+def _cancel_by_tag(spark: SparkSession, tag: str, stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Tag the jobs of this thread; returns what cancels them, from any thread."""
+    if ship.is_connect(spark):
+        spark.addTag(tag)
+        stack.callback(spark.removeTag, tag)
+
+        def interrupt() -> None:
+            spark.interruptTag(tag)
+
+        return interrupt
+    context = spark.sparkContext
+    context.addJobTag(tag)
+    stack.callback(context.removeJobTag, tag)
+
+    def cancel() -> None:
+        context.cancelJobsWithTag(tag)
+
+    return cancel
+
+
+@contextlib.contextmanager
+def _bounded_arrow_batches(spark: SparkSession) -> Iterator[None]:
+    """While the job is planned: small Arrow batches where Spark counts their rows only."""
+    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    if spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch", None) is not None:
+        yield
+        return
+    before = spark.conf.get(name, "10000")
+    spark.conf.set(name, str(min(int(before or 10000), _ROWS_PER_ARROW_BATCH)))
+    try:
+        yield
+    finally:
+        spark.conf.set(name, before)
+
+
+def _trained_module(tail: nn.Module, weights: bytes) -> nn.Module:
+    from safetensors.torch import load
+
+    module = copy.deepcopy(tail)
+    module.load_state_dict(load(weights))
+    return module.eval()
+
+

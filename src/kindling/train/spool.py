@@ -1,0 +1,288 @@
+"""Pack, shuffle, spool: rows leave a DataFrame as blobs and arrive at their worker as memory-mapped columns.
+
+`pack_rows` runs in a Spark task before the shuffle: preparation, frozen prefix, split by worker. `Spool` runs in the
+training task after it: blobs to column files on local disk. Order is not decided here (see `order.py`).
+torch is imported inside functions: thread settings must stand first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from kindling.errors import DataError, StorageError
+from kindling.train.order import owner_of, shard_of
+
+if TYPE_CHECKING:
+    from kindling.ship import ModuleSpec
+
+HASH = "__kindling_hash"
+KEY = "__kindling_key"
+BLOB_SCHEMA = "key long, stream int, rows long, notes string, blob binary"
+_ARROW_SCHEMA = pa.schema(
+    [("key", pa.int64()), ("stream", pa.int32()), ("rows", pa.int64()), ("notes", pa.string()), ("blob", pa.binary())]
+)
+TRAIN, VALIDATION = 0, 1
+_FLUSH_BYTES = 32 << 20
+_EXAMPLES = 5
+
+PackedSpec = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSpec:
+    """The frozen front part of a net, run once per row while packing."""
+
+    module: ModuleSpec
+    signature: Mapping[str, Any]
+    precision: str
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackSpec:
+    """All that `pack_rows` needs; picklable, holds no torch and no Spark object."""
+
+    preparation: Mapping[str, Any]
+    """As JSON. Its targets are packed beside its inputs."""
+    prefix: PrefixSpec | None
+    routes: tuple[int, ...]
+    """Shuffle key of each worker."""
+    stream: int
+    drop_broken: bool
+    threads: int = 1
+
+
+def pack_rows(spec: PackSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Body of a packing task: rows in, blobs out. Columns read: the preparation's, HASH, and KEY for messages.
+
+    Raises: DataError, for a row that cannot be used, unless broken rows are to be dropped.
+    """
+    from kindling.threads import settle
+
+    settle(spec.threads)
+    from kindling.prepare import Preparation
+
+    preparation = Preparation.from_json(spec.preparation)
+    engine = _open_engine(spec.prefix, preparation) if spec.prefix else None
+    target_columns = [name for step in preparation.targets for name in step.packed_spec()]
+    waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+    waiting_rows = 0
+    out = _Outbox(spec)
+    broken, examples = 0, []
+
+    def flush_waiting(everything: bool) -> None:
+        """Run the prefix over whole batches of its size; keep the remainder for the next rows."""
+        nonlocal waiting, waiting_rows
+        if not waiting or engine is None:
+            return
+        arrays = {name: np.concatenate([part[0][name] for part in waiting]) for name in waiting[0][0]}
+        hashes = np.concatenate([part[1] for part in waiting])
+        whole = len(hashes) if everything else len(hashes) // engine.batch_size * engine.batch_size
+        if whole:
+            features = engine.run({n: a[:whole] for n, a in arrays.items() if n not in target_columns})
+            out.add({**features, **{n: arrays[n][:whole] for n in target_columns}}, hashes[:whole])
+        rest = {n: a[whole:] for n, a in arrays.items()}
+        waiting, waiting_rows = ([(rest, hashes[whole:])], len(hashes) - whole) if whole < len(hashes) else ([], 0)
+
+    for rows in batches:
+        if rows.num_rows == 0:
+            continue
+        packed = preparation.pack(rows, targets=True)
+        hashes = np.asarray(rows.column(rows.schema.get_field_index(HASH))).view(np.uint64)
+        if packed.errors:
+            keys = rows.column(rows.schema.get_field_index(KEY))
+            found = [(str(keys[row].as_py()), why) for row, why in packed.errors.items()]
+            if not spec.drop_broken:
+                key, why = found[0]
+                raise DataError(
+                    f"row {key!r} cannot be trained on: {why}. Mend or remove it, or leave such rows out with on_error='drop'."
+                )
+            broken += len(found)
+            examples += found[: _EXAMPLES - len(examples)]
+            hashes = np.delete(hashes, list(packed.errors))
+        if engine is None:
+            out.add(dict(packed.arrays), hashes)
+        elif len(hashes):
+            waiting.append((dict(packed.arrays), hashes))
+            waiting_rows += len(hashes)
+            if waiting_rows >= engine.batch_size:
+                flush_waiting(everything=False)
+        yield from out.full()
+    flush_waiting(everything=True)
+    if broken:
+        out.note({"broken": broken, "examples": examples})
+    yield from out.rest()
+
+
+def _open_engine(prefix: PrefixSpec, preparation: Any) -> Any:
+    from kindling import ship
+    from kindling.predict.engine import Engine
+    from kindling.signature import Signature
+
+    return Engine(
+        ship.open_module(prefix.module),
+        Signature.from_json(prefix.signature),
+        preparation,
+        precision=prefix.precision,
+        batch_size=prefix.batch_size,
+    )
+
+
+class _Outbox:
+    """Packed rows by worker, until there are enough bytes to send."""
+
+    def __init__(self, spec: PackSpec) -> None:
+        self._spec = spec
+        self._parts: dict[int, list[tuple[dict[str, np.ndarray], np.ndarray]]] = {}
+        self._bytes = 0
+        self._notes: list[dict[str, Any]] = []
+
+    def add(self, arrays: Mapping[str, np.ndarray], hashes: np.ndarray) -> None:
+        owners = owner_of(shard_of(hashes), len(self._spec.routes))
+        for worker in np.unique(owners).tolist():
+            mine = np.flatnonzero(owners == worker)
+            part = {name: array[mine] for name, array in arrays.items()}
+            self._parts.setdefault(worker, []).append((part, hashes[mine]))
+            self._bytes += sum(array.nbytes for array in part.values())
+
+    def note(self, note: dict[str, Any]) -> None:
+        self._notes.append(note)
+
+    def full(self) -> Iterator[pa.RecordBatch]:
+        if self._bytes >= _FLUSH_BYTES:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[pa.RecordBatch]:
+        rows: list[tuple[int, int, str | None, bytes]] = []
+        for worker, parts in sorted(self._parts.items()):
+            arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
+            hashes = np.concatenate([part[1] for part in parts])
+            rows.append((self._spec.routes[worker], len(hashes), None, to_blob(arrays, hashes)))
+        rows += [(self._spec.routes[0], 0, json.dumps(note), b"") for note in self._notes]
+        self._parts, self._bytes, self._notes = {}, 0, []
+        if rows:
+            keys, counts, notes, blobs = zip(*rows, strict=True)
+            streams = [self._spec.stream] * len(rows)
+            yield pa.RecordBatch.from_arrays(
+                [pa.array(column, kind.type) for column, kind in zip((keys, streams, counts, notes, blobs), _ARROW_SCHEMA, strict=True)],
+                schema=_ARROW_SCHEMA,
+            )
+
+
+def to_blob(arrays: Mapping[str, np.ndarray], hashes: np.ndarray) -> bytes:
+    """Rows as one Arrow IPC stream: a fixed-size binary column per packed column, and the hashes."""
+    columns: dict[str, pa.Array] = {HASH: pa.array(hashes.view(np.int64))}
+    for name, array in arrays.items():
+        width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        data = pa.py_buffer(np.ascontiguousarray(array))
+        columns[name] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, data])
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The spooled rows of one stream, in order of arrival."""
+
+    hashes: np.ndarray
+    """Shape (n,), uint64."""
+    columns: Mapping[str, np.ndarray]
+    """Memory-mapped, shape (n, ...)."""
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def content_of(self, row: int) -> bytes:
+        """The packed bytes of one row."""
+        return b"".join(column[row].tobytes() for _, column in sorted(self.columns.items()))
+
+    def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of some rows, in memory that torch allocated: results may depend on alignment, and torch's is fixed."""
+        import torch
+
+        gathered = {}
+        for name, column in self.columns.items():
+            out = torch.empty((len(rows), *column.shape[1:]), dtype=getattr(torch, column.dtype.name)).numpy()
+            np.take(column, rows, axis=0, out=out, mode="clip")  # "raise" would buffer the whole output once more
+            gathered[name] = out
+        return gathered
+
+
+class Spool:
+    """Column files of one worker, one set per stream, deleted on close."""
+
+    def __init__(self, run: str, spec: PackedSpec) -> None:
+        base = Path(os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or tempfile.gettempdir())
+        _sweep(base, run)
+        base.mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(prefix=f"kindling-{run}-{os.getpid()}-", dir=base))
+        self._spec = dict(spec)
+        self._files: dict[tuple[int, str], Any] = {}
+        self._hashes: dict[int, list[np.ndarray]] = {TRAIN: [], VALIDATION: []}
+        self.notes: list[dict[str, Any]] = []
+        self.bytes = 0
+
+    def add(self, stream: int, blob: bytes | memoryview | pa.Buffer, notes: str | None) -> None:
+        """Append the rows of one blob.
+
+        Raises: StorageError, when the local disk is full.
+        """
+        if notes:
+            self.notes.append({**json.loads(notes), "stream": stream})
+        if not len(blob):
+            return
+        batch = pa.ipc.open_stream(pa.py_buffer(blob)).read_next_batch()
+        self._hashes[stream].append(np.asarray(batch.column(HASH)).view(np.uint64).copy())
+        for name in self._spec:
+            column = batch.column(name)
+            width = column.type.byte_width
+            data = memoryview(column.buffers()[1])[column.offset * width : (column.offset + len(column)) * width]
+            file = self._files.get((stream, name))
+            if file is None:
+                file = self._files[stream, name] = open(self._path(stream, name), "wb", buffering=0)  # noqa: SIM115
+            try:
+                file.write(data)
+            except OSError as error:
+                raise StorageError(f"rows could not be spooled to {self.directory}: {error}. Free the disk or set SPARK_LOCAL_DIRS.") from error
+            self.bytes += len(data)
+
+    def rows(self, stream: int) -> Rows:
+        """All rows of a stream, memory-mapped. Call after the last `add`."""
+        hashes = np.concatenate([np.empty(0, np.uint64), *self._hashes[stream]])
+        columns = {}
+        for name, (dtype, shape) in self._spec.items():
+            full = (len(hashes), *shape)
+            file = self._files.pop((stream, name), None)
+            if file is not None:
+                file.close()
+            columns[name] = np.memmap(self._path(stream, name), dtype, "r", shape=full) if len(hashes) else np.empty(full, dtype)
+        return Rows(hashes, columns)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, stream: int, name: str) -> Path:
+        return self.directory / f"{stream}-{list(self._spec).index(name)}.bin"
+
+
+def _sweep(base: Path, run: str) -> None:
+    """Remove what killed workers of this run left on this host."""
+    for left in base.glob(f"kindling-{run}-*"):
+        pid = left.name.removeprefix(f"kindling-{run}-").split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,122 @@
+"""What every strategy is: settings plus hooks over a visible state.
+
+The training loop (`train/loop.py`) calls the hooks; `Comms` moves the tensors. A hook gets the replica it may change,
+the strategy's own state (tensors and JSON values, so that it checkpoints as data) and returns the new state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kindling.train.strategies.comms import Comms
+
+State = dict[str, Any]
+"""A strategy's memory between steps: tensors and JSON values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One worker's copy of what is trained."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the module's order."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def statistics(self) -> list[Tensor]:
+        """Floating-point buffers that training changes: batch statistics of layers in training mode."""
+        found: list[Tensor] = []
+        for module in self.module.modules():
+            if module.training:
+                found += [b for b in module.buffers(recurse=False) if b.is_floating_point()]
+        return found
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Floating-point tensors of the optimizer's state that have a parameter's shape, in the parameters' order."""
+        return [
+            value
+            for parameter in self.parameters()
+            for _, value in sorted(self.optimizer.state.get(parameter, {}).items())
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+        ]
+
+
+class Strategy(ABC):
+    """How workers agree. Subclasses are frozen dataclasses whose fields are JSON values."""
+
+    deterministic: ClassVar[bool] = True
+    """The same data, seed and workers give the same bits."""
+    replicas_agree: ClassVar[bool]
+    """Parameters and optimizer state are the same on every worker after every step."""
+
+    def init(self, replica: Replica) -> State:
+        """The state before the first step."""
+        return {}
+
+    def loss_scale(self, rows_W: np.ndarray, rank: int) -> float:
+        """What the mean loss over this worker's rows is multiplied by before backward.
+
+        Args:
+            rows_W: rows of each worker in this step, shape (W,), int64; not all are zero.
+        """
+        return 1.0
+
+    def on_gradients(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> State:
+        """After backward, before the optimizer's step."""
+        return state
+
+    def on_step(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> State:
+        """After the optimizer's step."""
+        return state
+
+    def on_epoch(self, replica: Replica, state: State, comms: Comms) -> State:
+        """At an epoch's end. Afterwards all replicas have the same parameters and statistics."""
+        return state
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat copy of several tensors of one dtype (float32 when there is none)."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors]) if tensors else torch.empty(0)
+
+
+def unflatten_into(flat: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Copy a flat vector made by `flatten` back into the tensors it came from.
+
+    >>> a, b = torch.zeros(2), torch.zeros(1, 1)
+    >>> unflatten_into(torch.tensor([1.0, 2.0, 3.0]), [a, b])
+    >>> a, b
+    (tensor([1., 2.]), tensor([[3.]]))
+    """
+    start = 0
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors grouped by dtype, the groups in order of first appearance."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def average_into(tensors: Sequence[Tensor], share: float, comms: Comms) -> None:
+    """Replace the tensors by their weighted mean over the workers; `share` is this worker's weight, all sum to 1."""
+    if comms.world == 1:
+        return
+    for group in by_dtype(tensors):
+        flat = flatten(group)
+        # A worker that saw no row must not spoil the mean, not even with a number that is none.
+        flat = torch.zeros_like(flat) if share == 0 else flat.mul_(share)
+        unflatten_into(comms.all_reduce(flat), group)
