@@ -15,8 +15,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +236,7 @@ def _defaults(master: str, version: tuple[int, int]) -> dict[str, str]:
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         # kindling shows its own progress.
         "spark.ui.showConsoleProgress": "false",
-        **{f"spark.executorEnv.{name}": value for name, value in environment(1).items()},
+        **{f"spark.executorEnv.{name}": os.environ.get(name, value) for name, value in environment(1).items()},
     }
     if version < (4, 1):
         # These count an Arrow batch in rows only, 10,000 of them; later ones bound it by bytes too.
@@ -270,7 +271,8 @@ def _launching(master: str) -> Iterator[None]:
             changes["JAVA_HOME"] = str(home)
     if _is_local(master):
         # Unset, the workers would run whatever `python3` is first on the PATH.
-        changes |= {k: sys.executable for k in ("PYSPARK_PYTHON",) if not os.environ.get(k)}
+        # Connect's workers know no executorEnv, they inherit what the JVM is started with.
+        changes |= {k: v for k, v in {"PYSPARK_PYTHON": sys.executable, **environment(1)}.items() if not os.environ.get(k)}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -337,11 +339,10 @@ def _connect(remote: str, app: str, given: dict[str, str], version: tuple[int, i
     for key, value in options.items():
         builder = builder.config(key, value)
     try:
-        if _is_local(remote):
-            with _launching(remote):
-                session: SparkSession = builder.getOrCreate()
-        else:
-            session = builder.getOrCreate()
+        with _launching(remote) if _is_local(remote) else nullcontext(), warnings.catch_warnings():
+            # pyspark sets the server's own settings, which the server started with, once more as the client's.
+            warnings.filterwarnings("ignore", "Failed to set spark")
+            session: SparkSession = builder.getOrCreate()
     except SessionError:
         raise
     except Exception as error:
