@@ -77,6 +77,28 @@ def _refuse_to_replace(out: str, overwrite: bool) -> None:
         raise kd.errors.StorageError(f"{out} is there already. Add --overwrite to replace it, or choose another --out.")
 
 
+def _labelled(net: kd.Model, labels: tuple[str, ...] | None) -> kd.Model:
+    """A net without labels gets those of the data, and a last layer of the right width if it needs one.
+
+    Raises: ModelError, when the net does not end in a Linear layer.
+    """
+    if net.labels is not None or labels is None:
+        return net
+    ((output, spec),) = net.signature.outputs.items()
+    if spec.shape[-1] == len(labels):
+        return net.with_labels(labels)
+    from torch import nn
+
+    last = dict(net.module.named_modules()).get(output)
+    if not isinstance(last, nn.Linear):
+        raise kd.errors.ModelError(
+            f"the net gives {spec.shape[1:]} scores and the data has {len(labels)} labels. "
+            "Use `kindling transfer`, or --model module:function with a net made for these labels."
+        )
+    say(f"new last layer {output!r}: {len(labels)} labels")
+    return net.replace_layer(output, nn.Linear(last.in_features, len(labels))).with_labels(labels)
+
+
 def _keep_report(report: kd.Report, file: Path | None, plot: Path | None, data: dict[str, Any]) -> None:
     """Write `data`, which holds the report as JSON values, and the picture of it, where they are wanted."""
     for path in (file, plot):
@@ -154,7 +176,7 @@ def fit(
     workers: o.Workers = None,
     seed: o.Seed = 0,
     run: Annotated[
-        str | None, o.option(o.TRAINING, "Run directory: events and checkpoints, to resume from.", metavar="FOLDER")
+        str | None, o.option(o.TRAINING, "New run directory for events, checkpoints, the model.", metavar="FOLDER")
     ] = None,
     on_error: o.OnError = "fail",
     overwrite: o.Overwrite = False,
@@ -174,6 +196,7 @@ def fit(
             rows = o.rows_of(spark, data)
             labels = kd.labels(rows, target) if target in rows.columns else None
             net = o.open_model(model, weights, labels=labels, classes=classes, spark=spark)
+            net = _labelled(net, labels)
             net = net.freeze(until=freeze) if freeze else net
         with clock.phase("train"):
             net = net.fit(

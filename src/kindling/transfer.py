@@ -1,0 +1,161 @@
+"""The whole job in one call: photos in, a new head trained on a net's features, a report and a model out.
+
+Written in the library's public names only, as a user would: read it as the longest example. The command line is in
+`cli.py`. Each photo goes through the net once, whatever is done with its features afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import kindling as kd
+from kindling.console import Clock, say
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transferred:
+    """What came out."""
+
+    model: kd.Model
+    """Net, head, preparation and labels: takes photos."""
+    train: kd.Report
+    valid: kd.Report | None
+    """None where validation's share is 0."""
+    test: kd.Report
+    broken: int
+    """Photos that could not be read and were left out."""
+
+    def to_json(self) -> dict[str, Any]:
+        sides = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {
+            "accuracy": {side: report.accuracy for side, report in sides.items() if report is not None},
+            "rows": {side: report.rows for side, report in sides.items() if report is not None},
+            "broken": self.broken,
+            "labels": list(self.model.labels or ()),
+            "history": list(self.model.history),
+            "report": self.test.to_json(),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'':8}{'photos':>8}{'accuracy':>10}{'loss':>9}"]
+        for side, report in (("train", self.train), ("valid", self.valid), ("test", self.test)):
+            if report is not None:
+                loss = "" if report.loss is None else f"{report.loss:9.4f}"
+                lines.append(f"{side:8}{report.rows:8,}{report.accuracy:10.4f}{loss}")
+        if self.broken:
+            lines.append(f"{self.broken} photos could not be read and were left out")
+        return "\n".join(lines)
+
+
+def transfer(
+    photos: DataFrame,
+    net: kd.Model,
+    *,
+    shares: Sequence[float] = (0.7, 0.15, 0.15),
+    features: str | None = None,
+    precision: str = "auto",
+    epochs: int = 20,
+    batch_size: int = 32,
+    optimizer: Callable[..., Any] | None = None,
+    strategy: Any = None,
+    workers: int | None = None,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> Transferred:
+    """Train a new head for `photos` on what `net`, cut and left as it is, says about them.
+
+    Args:
+        photos: path, label, content, as `kindling.read.images` gives them.
+        net: cut where its features are best, `kindling.load("vgg16", weights=...).until("fc2")`; where it ends in
+            feature maps (N, C, H, W), their mean over H and W is used.
+        shares: of train, valid and test rows, the middle one may be 0; a row's side depends on its path and the seed.
+        features: folder that keeps the features as Parquet; None keeps them in Spark's memory and disk while it runs.
+        clock: is told the phases.
+        The rest is handed to `Model.featurize` and `Model.fit`.
+    Raises: DataError, where no photo can be read or a share is left without rows; ModelError, where the net gives
+        several outputs or rows of unknown size; whatever `featurize` and `fit` raise.
+    """
+    from torch import nn
+
+    if len(shares) != 3 or not shares[0] or not shares[2]:
+        raise kd.errors.ConfigError("shares", tuple(shares), "leaves nothing to train or to test on", "Give all three")
+    clock = clock or Clock(quiet=True)
+    trunk = _flat(net)
+    (size,) = next(iter(trunk.signature.outputs.values())).shape[1:]
+    with clock.phase("featurise"):
+        frame = trunk.featurize(photos, out=features, on_error="keep", precision=precision)
+        cached = None if features else frame.cache()
+        rows = frame.count()
+        good = frame.where("error is null").drop("error") if "error" in frame.columns else frame
+        broken = rows - good.count()
+        if rows == broken:
+            raise kd.errors.DataError(f"none of the {rows} photos could be read.")
+    with clock.phase("split"):
+        parts = kd.split(good, *shares, seed=seed)
+        counts = [part.count() for part in parts]
+        for side, share, count in zip(("train", "valid", "test"), shares, counts, strict=True):
+            if share and not count:
+                raise kd.errors.DataError(
+                    f"the {side} share, {share} of {rows - broken} photos, is empty. Add photos or change the shares."
+                )
+        labels = kd.labels(parts[0])
+        sizes = " + ".join(f"{count:,}" for count in counts)
+        say(f"{sizes} photos to train, validate and test on; {len(labels)} labels")
+    with seeded(seed):
+        head = kd.Model.of(nn.Linear(int(size), len(labels)), column="features", shape=(int(size),), labels=labels)
+    with clock.phase("train"):
+        head = head.fit(
+            parts[0],
+            validation=parts[1] if counts[1] else None,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            strategy=strategy,
+            workers=workers,
+            seed=seed,
+        )
+    with clock.phase("evaluate"):
+        reports = [head.evaluate(part) if count else None for part, count in zip(parts, counts, strict=True)]
+    if cached is not None:
+        cached.unpersist()
+    model = trunk.freeze().then(head.module, labels=labels, name="classifier")
+    train, valid, test = reports
+    assert train is not None
+    assert test is not None
+    model = dataclasses.replace(model, history=(*model.history, *head.history))
+    return Transferred(model=model, train=train, valid=valid, test=test, broken=broken)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """New layers made inside have the same random weights each time; torch's own generator is left as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _flat(net: kd.Model) -> kd.Model:
+    """The net with one vector per photo as its output."""
+    from torch import nn
+
+    if len(net.signature.outputs) != 1:
+        raise kd.errors.ModelError(
+            f"a head needs one output, the net has {len(net.signature.outputs)}: {list(net.signature.outputs)}."
+        )
+    (spec,) = net.signature.outputs.values()
+    if len(spec.shape) == 4:
+        return net.then({"pool": nn.AdaptiveAvgPool2d(1), "flatten_features": nn.Flatten()})
+    if len(spec.shape) == 2:
+        return net
+    raise kd.errors.ModelError(
+        f"a head needs vectors (N, C) or maps (N, C, H, W), the net gives {spec.shape}. Cut it elsewhere."
+    )
