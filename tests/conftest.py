@@ -55,7 +55,13 @@ def data_dir() -> Path:
 
 
 # Written by pytest itself, and by torch and Spark when they are first used.
-_EXPECTED = {"PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+_EXPECTED = {
+    "PYTEST_CURRENT_TEST",
+    "KMP_INIT_AT_FORK",
+    "KMP_DUPLICATE_LIB_OK",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+}
 
 
 def _environment() -> dict[str, str]:
@@ -74,7 +80,9 @@ def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
     left = []
     after = _environment()
     if after != environment:
-        left.append(f"environment: {sorted(k for k in environment.keys() | after.keys() if environment.get(k) != after.get(k))}")
+        left.append(
+            f"environment: {sorted(k for k in environment.keys() | after.keys() if environment.get(k) != after.get(k))}"
+        )
     if Path.cwd() != folder:
         left.append(f"working directory: {Path.cwd()}")
     if new := set(os.listdir(ROOT)) - files - {".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}:

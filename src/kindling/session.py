@@ -76,7 +76,10 @@ def spark(
     """
     if master is not None and remote is not None:
         raise ConfigError("remote", remote, f"cannot be combined with master={master!r}", "Give one of them")
-    given = {**{str(k): _text(v) for k, v in (conf or {}).items()}, **{_full_name(k): _text(v) for k, v in settings.items()}}
+    given = {
+        **{str(k): _text(v) for k, v in (conf or {}).items()},
+        **{_full_name(k): _text(v) for k, v in settings.items()},
+    }
     version = _pyspark_version()
     active = active_session()
     if active is not None:
@@ -164,7 +167,9 @@ def _java_binary(home: Path) -> Path:
 
 def _java_version(home: Path) -> int | None:
     try:
-        done = subprocess.run([str(_java_binary(home)), "-version"], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            [str(_java_binary(home)), "-version"], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
@@ -178,7 +183,9 @@ def _pyspark_version() -> tuple[int, int]:
         raise SessionError(f"pyspark cannot be imported ({error}). Run: pip install 'pyspark>=3.5'.") from error
     major, minor = (int(part) for part in re.findall(r"\d+", pyspark.__version__)[:2])
     if (major, minor) < OLDEST_SPARK:
-        raise SessionError(f"pyspark {pyspark.__version__} is too old, kindling needs 3.5 or newer. Run: pip install -U pyspark.")
+        raise SessionError(
+            f"pyspark {pyspark.__version__} is too old, kindling needs 3.5 or newer. Run: pip install -U pyspark."
+        )
     return major, minor
 
 
@@ -203,7 +210,9 @@ def _classic(master: str | None, app: str, given: dict[str, str], version: tuple
     from pyspark.sql import SparkSession
 
     elsewhere = _settings_elsewhere()
-    asked = master or given.get("spark.master") or elsewhere.get("spark.master") or os.environ.get("MASTER") or "local[*]"
+    asked = (
+        master or given.get("spark.master") or elsewhere.get("spark.master") or os.environ.get("MASTER") or "local[*]"
+    )
     options = _defaults(asked, version) | {"spark.app.name": app}
     options = {k: v for k, v in options.items() if k not in elsewhere} | given | {"spark.master": asked}
     with _launching(asked):
@@ -216,7 +225,9 @@ def _classic(master: str | None, app: str, given: dict[str, str], version: tuple
             raise SessionError(f"Spark could not be started with master {asked!r}: {_first_line(error)}.") from error
         except Exception as error:
             if type(error).__module__.startswith("py4j"):
-                raise SessionError(f"Spark could not be started with master {asked!r}: {_first_line(error)}.") from error
+                raise SessionError(
+                    f"Spark could not be started with master {asked!r}: {_first_line(error)}."
+                ) from error
             raise
         finally:
             # The builder is one object for the whole process; what we put in would leak into later sessions.
@@ -272,7 +283,9 @@ def _launching(master: str) -> Iterator[None]:
     if _is_local(master):
         # Unset, the workers would run whatever `python3` is first on the PATH.
         # Connect's workers know no executorEnv, they inherit what the JVM is started with.
-        changes |= {k: v for k, v in {"PYSPARK_PYTHON": sys.executable, **environment(1)}.items() if not os.environ.get(k)}
+        changes |= {
+            k: v for k, v in {"PYSPARK_PYTHON": sys.executable, **environment(1)}.items() if not os.environ.get(k)
+        }
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -328,13 +341,17 @@ def _connect(remote: str, app: str, given: dict[str, str], version: tuple[int, i
     try:
         from pyspark.sql.connect.session import SparkSession as _  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError.of(f"Spark Connect (remote={remote!r})", "grpcio and its companions", "connect") from error
+        raise MissingExtraError.of(
+            f"Spark Connect (remote={remote!r})", "grpcio and its companions", "connect"
+        ) from error
     from pyspark.sql import SparkSession
 
     options = dict(given)
     if _is_local(remote):
         elsewhere = _settings_elsewhere()
-        options = {k: v for k, v in (_defaults(remote, version) | {"spark.app.name": app}).items() if k not in elsewhere} | given
+        options = {
+            k: v for k, v in (_defaults(remote, version) | {"spark.app.name": app}).items() if k not in elsewhere
+        } | given
     builder = SparkSession.builder.remote(remote)
     for key, value in options.items():
         builder = builder.config(key, value)

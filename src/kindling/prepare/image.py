@@ -110,19 +110,32 @@ class ImageStep(Step):
             raise ConfigError("channels", self.channels, "is unknown", f"Use one of {', '.join(_CHANNELS)}")
         if self.resize_to is not None:
             if self.resize != "shorter":
-                raise ConfigError("resize_to", self.resize_to, f"means nothing with resize={self.resize!r}", "Leave it out")
+                raise ConfigError(
+                    "resize_to", self.resize_to, f"means nothing with resize={self.resize!r}", "Leave it out"
+                )
             if self.resize_to < max(self.size):
-                raise ConfigError("resize_to", self.resize_to, f"is too small to cut {self.size} from", f"Use {max(self.size)} or more")
+                raise ConfigError(
+                    "resize_to",
+                    self.resize_to,
+                    f"is too small to cut {self.size} from",
+                    f"Use {max(self.size)} or more",
+                )
         for field, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, _CHANNELS[self.channels]):
-                raise ConfigError(field, values, f"does not fit the channels {self.channels!r}", "Give one number, or one a channel")
+                raise ConfigError(
+                    field, values, f"does not fit the channels {self.channels!r}", "Give one number, or one a channel"
+                )
             if not all(math.isfinite(value) for value in values):
                 raise ConfigError(field, values, "is not finite", "Give finite numbers")
         if 0 in self.std:
             raise ConfigError("std", self.std, "divides by zero", "Give numbers above zero")
         shape = self.raw_shape
-        if shape is not None and (len(shape) not in (2, 3) or min(shape) < 1 or (len(shape) == 3 and shape[2] not in (1, 3, 4))):
-            raise ConfigError("raw_shape", shape, "is no shape of pixels", "Give (H, W) or (H, W, C) with C of 1, 3 or 4")
+        if shape is not None and (
+            len(shape) not in (2, 3) or min(shape) < 1 or (len(shape) == 3 and shape[2] not in (1, 3, 4))
+        ):
+            raise ConfigError(
+                "raw_shape", shape, "is no shape of pixels", "Give (H, W) or (H, W, C) with C of 1, 3 or 4"
+            )
         if self.max_pixels < 1:
             raise ConfigError("max_pixels", self.max_pixels, "lets no image through", "Use 1 or more")
 
@@ -177,14 +190,19 @@ class ImageStep(Step):
         large = column.cast(pa.large_binary())
         offset = int(np.frombuffer(large.buffers()[1], np.int64, 1, 8 * large.offset)[0])
         pixels = np.frombuffer(large.buffers()[2], np.uint8, n_bytes * len(large), offset).reshape(len(large), n_bytes)
-        if any(_is_encoded(row) for row in pixels[(pixels[:, :3] == np.frombuffer(_JPEG, np.uint8)).all(1) | (pixels[:, 0] == _PNG[0])]):
+        if any(
+            _is_encoded(row)
+            for row in pixels[(pixels[:, :3] == np.frombuffer(_JPEG, np.uint8)).all(1) | (pixels[:, 0] == _PNG[0])]
+        ):
             return None
         images_NHWC = pixels.reshape(len(large), *self.shape)
         return Packed({self.name: images_NHWC[..., ::-1].copy() if self.channels == "BGR" else images_NHWC.copy()}, {})
 
     # Decoding one image
 
-    def decode_one(self, data: bytes | bytearray | memoryview | str | PathLike[str] | Image.Image | np.ndarray) -> Pixels:
+    def decode_one(
+        self, data: bytes | bytearray | memoryview | str | PathLike[str] | Image.Image | np.ndarray
+    ) -> Pixels:
         """One image, from file contents, a path, a PIL image or a uint8 array in RGB order, resized and cut.
 
         Returns: uint8, shape (H, W, C), in the order of `channels`.
@@ -260,12 +278,20 @@ class ImageStep(Step):
             raise DataError(f"not an image that can be read: {view.nbytes} bytes beginning {start!r}") from None
         except Image.DecompressionBombError:
             raise DataError("the image is larger than Pillow decodes, refused as a decompression bomb") from None
-        except Exception as error:  # Pillow's plug-ins raise anything: OSError, ValueError, SyntaxError, struct.error ...
+        except (
+            Exception
+        ) as error:  # Pillow's plug-ins raise anything: OSError, ValueError, SyntaxError, struct.error ...
             raise DataError(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
     def _decode_array(self, pixels: np.ndarray, out: Pixels, *, bgr: bool) -> None:
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
-            raise DataError(f"an array of {pixels.dtype} {pixels.shape} is not an image: give uint8 (H, W) or (H, W, C) with C of 1, 3 or 4")
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim not in (2, 3)
+            or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4))
+        ):
+            raise DataError(
+                f"an array of {pixels.dtype} {pixels.shape} is not an image: give uint8 (H, W) or (H, W, C) with C of 1, 3 or 4"
+            )
         if 0 in pixels.shape:
             raise DataError(f"an array of shape {pixels.shape} holds no pixels")
         self._check_pixels(*pixels.shape[:2])
@@ -306,7 +332,9 @@ class ImageStep(Step):
             return self.resize_to, int(self.resize_to * width / height)
         return int(self.resize_to * height / width), self.resize_to
 
-    def _resize_into(self, image: Image.Image, out: Pixels, *, swapped: bool, true_size: tuple[int, int] | None = None) -> None:
+    def _resize_into(
+        self, image: Image.Image, out: Pixels, *, swapped: bool, true_size: tuple[int, int] | None = None
+    ) -> None:
         """Scale and cut `image` into `out`. `swapped`: its channels stand in our order already."""
         out_h, out_w = self.size
         width, height = true_size or image.size
@@ -387,11 +415,15 @@ class _SparkRows:
         if height <= 0 or width <= 0:
             raise DataError("Spark's image source could not decode the file (height or width is not positive)")
         if _SPARK_MODES.get(mode) != channels:
-            raise DataError(f"Spark image of mode {mode} with {channels} channels is not one of 8-bit grey, BGR or BGRA")
+            raise DataError(
+                f"Spark image of mode {mode} with {channels} channels is not one of 8-bit grey, BGR or BGRA"
+            )
         buffer = self.data[row].as_buffer()
         n_bytes = 0 if buffer is None else buffer.size
         if n_bytes != height * width * channels:
-            raise DataError(f"Spark image of {width} x {height} x {channels} holds {n_bytes:,} bytes, not {height * width * channels:,}")
+            raise DataError(
+                f"Spark image of {width} x {height} x {channels} holds {n_bytes:,} bytes, not {height * width * channels:,}"
+            )
         step._decode_array(np.frombuffer(buffer, np.uint8).reshape(height, width, channels), out, bgr=True)
 
 
@@ -456,7 +488,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F":
-            raise DataError("the image holds floating-point pixels, whose range is not known: convert it to 8 or 16 bits")
+            raise DataError(
+                "the image holds floating-point pixels, whose range is not known: convert it to 8 or 16 bits"
+            )
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65_535:
             raise DataError(f"the image holds 32-bit pixels from {low} to {high}: convert it to 8 or 16 bits")
