@@ -1,7 +1,7 @@
 """The one small family of errors.
 
-Every error a user can cause says what, the value seen, why, and the way on. All of them rebuild from their arguments, so
-that they survive pickling and the trip from an executor to the driver (`errors.to_wire` and `errors.from_text`).
+Every error a user can cause says what, the value seen, why, and the way on. All of them rebuild from their arguments,
+so that they survive pickling and the trip from an executor to the driver (`errors.to_wire` and `errors.from_text`).
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class MessageError(KindlingError):
 
 
 class DataError(MessageError, ValueError):
-    """Rows or columns that cannot be used: missing columns, labels out of range, wrong shapes, broken images, no rows."""
+    """Rows or columns that cannot be used: missing columns, unknown labels, wrong shapes, broken images, no rows."""
 
 
 class ModelError(MessageError, ValueError):
-    """A model that cannot do what was asked: unknown layer, a cut that leaves nothing, a module that cannot be stored."""
+    """A model that cannot do what was asked: unknown layer, an empty cut, a module that cannot be stored."""
 
 
 class FormatError(MessageError, ValueError):
-    """A file that is not what it should be: weights of another net, a truncated or altered bundle, a hostile archive."""
+    """A file that is not what it should be: weights of another net, a truncated, altered or hostile bundle."""
 
 
 class StorageError(MessageError, OSError):
@@ -63,7 +63,7 @@ class SessionError(MessageError, RuntimeError):
 
 
 class TrainingError(MessageError, RuntimeError):
-    """Training that went wrong for a reason a retry cannot cure: a loss that is not a number, a failing loss function."""
+    """Training that went wrong for a reason a retry cannot cure: a loss that is no number, a failing loss."""
 
 
 class MissingExtraError(MessageError, ImportError):

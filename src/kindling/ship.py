@@ -288,34 +288,38 @@ def _pickled(module: nn.Module, named: dict[int, str], loose: dict[str, Tensor])
             return name, isinstance(thing, torch.nn.Parameter), thing.requires_grad
 
     buffer = io.BytesIO()
-    by_value = [sys.modules[name] for name in _private_modules(module)]
-    for home in by_value:
-        cloudpickle.register_pickle_by_value(home)
-    try:
+    with user_code_by_value():
         Pickler(buffer).dump(module)
-    finally:
-        for home in by_value:
-            cloudpickle.unregister_pickle_by_value(home)
     return buffer.getvalue()
 
 
-def _private_modules(module: nn.Module) -> set[str]:
-    """Python modules that define parts of `module` and that a worker may lack: files outside the installed packages."""
-    installed = tuple(
-        {
-            str(Path(path).resolve())
-            for key, path in sysconfig.get_paths().items()
-            if key in ("stdlib", "platstdlib", "purelib", "platlib")
-        }
-    )
-    own = str(Path(__file__).resolve().parent)
-    found = set()
-    for part in module.modules():
-        home = sys.modules.get(type(part).__module__)
+@contextmanager
+def user_code_by_value() -> Iterator[None]:
+    """While open, cloudpickle packs classes and functions of the user's own files into the pickle.
+
+    The user's own files are those outside the installed packages: a worker may lack them.
+    """
+    import cloudpickle
+
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = {str(Path(path).resolve()) for key, path in sysconfig.get_paths().items() if key in kinds}
+    known = (*installed, str(Path(__file__).resolve().parent))
+    already = set(cloudpickle.list_registry_pickle_by_value())
+    own = []
+    for name, home in list(sys.modules.items()):
         file = getattr(home, "__file__", None)
-        if file is not None and not str(Path(file).resolve()).startswith((*installed, own)):
-            found.add(type(part).__module__)
-    return found - {"__main__"}
+        # A module under another name than its own (an alias) cannot be registered.
+        if file is None or name == "__main__" or name in already or getattr(home, "__name__", None) != name:
+            continue
+        if not str(Path(file).resolve()).startswith(known):
+            own.append(home)
+    for home in own:
+        cloudpickle.register_pickle_by_value(home)
+    try:
+        yield
+    finally:
+        for home in own:
+            cloudpickle.unregister_pickle_by_value(home)
 
 
 class _Unpickler(pickle.Unpickler):

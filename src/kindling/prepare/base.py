@@ -85,7 +85,9 @@ def step_from_json(data: Mapping[str, Any]) -> Step:
     kind = data.get("kind")
     cls = _REGISTRY.get(str(kind))
     if cls is None:
-        raise FormatError(f"preparation step {kind!r} is unknown to this version of kindling.{did_you_mean(str(kind), _REGISTRY)}")
+        raise FormatError(
+            f"preparation step {kind!r} is unknown to this version of kindling.{did_you_mean(str(kind), _REGISTRY)}"
+        )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     try:
         return cls(**fields)
@@ -124,7 +126,8 @@ class Preparation:
         for step in steps:
             if step.column not in rows.schema.names:
                 raise DataError(
-                    f"column {step.column!r}, read for {step.name!r}, is missing.{did_you_mean(step.column, rows.schema.names)}"
+                    f"column {step.column!r}, read for {step.name!r}, is missing."
+                    f"{did_you_mean(step.column, rows.schema.names)}"
                 )
         parts = [step.pack(rows) for step in steps]
         errors: dict[int, str] = {}

@@ -47,7 +47,9 @@ class ArrayStep(Step):
 
     def __post_init__(self) -> None:
         if any(not isinstance(size, int) or size < 1 for size in self.shape):
-            raise ConfigError("shape", self.shape, "has an axis that is not a positive size", "Name every axis but the batch")
+            raise ConfigError(
+                "shape", self.shape, "has an axis that is not a positive size", "Name every axis but the batch"
+            )
 
     @property
     def size(self) -> int:
@@ -119,14 +121,20 @@ class LabelStep(Step):
         if pa.types.is_floating(column.type):
             # 4.0 means class "4"; 4.5 means no class at all, and stays text that matches none.
             as_int = pc.floor(column)
-            column = pc.if_else(pc.equal(as_int, column), pc.cast(as_int, pa.int64(), safe=False).cast(pa.string()), column.cast(pa.string()))
+            column = pc.if_else(
+                pc.equal(as_int, column),
+                pc.cast(as_int, pa.int64(), safe=False).cast(pa.string()),
+                column.cast(pa.string()),
+            )
         found = pc.index_in(column.cast(pa.string()), self._index)
         missing = np.asarray(found.is_null())
         errors: dict[int, str] = {}
         for row in np.flatnonzero(missing):
             value = column[int(row)].as_py()
             errors[int(row)] = (
-                f"column {self.column!r} is null" if value is None else f"label {value!r} is none of the model's {len(self.labels)} labels"
+                f"column {self.column!r} is null"
+                if value is None
+                else f"label {value!r} is none of the model's {len(self.labels)} labels"
             )
         return Packed({self.name: np.asarray(found.drop_null()).astype(np.int64)}, errors)
 

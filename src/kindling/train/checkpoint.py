@@ -1,7 +1,8 @@
 """Checkpoints: everything a worker needs to go on bit for bit, as safetensors and JSON; never pickle.
 
-`checkpoints/STEP/` holds `rank-RRRR.safetensors` and `rank-RRRR.json` for every worker and, written last, `manifest.json`
-with the sha256 of all of them: a directory without a valid manifest is no checkpoint. Knows torch and `storage`; no Spark.
+`checkpoints/STEP/` holds `rank-RRRR.safetensors` and `rank-RRRR.json` for every worker and, written last,
+`manifest.json` with the sha256 of all of them: a directory without a valid manifest is no checkpoint. Knows torch and
+`storage`; no Spark.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def read_part(place: Place, step: int, rank: int, world: int) -> Checkpoint:
 
 
 def keep_newest(place: Place, count: int) -> None:
-    """Delete all checkpoints but the newest `count`; the manifest goes first, so that none looks whole while it goes."""
+    """Delete all checkpoints but the newest `count`; the manifest goes first: none looks whole while it goes."""
     for step in steps_on_disk(place)[count:]:
         names = place.list(_folder(step))
         for name in sorted(names, key=lambda n: not n.endswith("manifest.json")):

@@ -137,7 +137,13 @@ class EventLog:
     def emit(self, kind: str, *, step: int = 0, epoch: int = 0, keep: bool = True, **data: Any) -> None:
         """Note an event; returns at once. `keep=False` for what only live readers want."""
         event = Event(
-            run=self.run, kind=kind, attempt=self.attempt, rank=self.rank, step=step, epoch=epoch, data={"pid": os.getpid(), **data}
+            run=self.run,
+            kind=kind,
+            attempt=self.attempt,
+            rank=self.rank,
+            step=step,
+            epoch=epoch,
+            data={"pid": os.getpid(), **data},
         )
         if keep:
             self.events.append(event)

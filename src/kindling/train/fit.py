@@ -175,14 +175,16 @@ def _target(
 
     if target not in df.columns:
         raise DataError(
-            f"the training data has no column {target!r} to learn.{did_you_mean(target, df.columns)} Name it with target=..."
+            f"the training data has no column {target!r} to learn.{did_you_mean(target, df.columns)} "
+            "Name it with target=..."
         )
     if model.labels is not None:
         return model.labels, LabelStep("target", target, model.labels)
     kind = dict(df.dtypes)[target]
     if kind == "string":
         raise DataError(
-            f"column {target!r} holds text, and the model has no labels. Give them: model.then(..., labels=kindling.labels(df))."
+            f"column {target!r} holds text, and the model has no labels. "
+            "Give them: model.then(..., labels=kindling.labels(df)), or model.with_labels(...)."
         )
     whole = kind in ("tinyint", "smallint", "int", "bigint", "boolean")
     classifies = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) or (loss is None and whole)
@@ -199,7 +201,9 @@ def _classes_of(signature: Signature) -> int:
     (name, spec), *_ = signature.outputs.items()
     width = spec.shape[-1] if len(spec.shape) == 2 else None
     if not isinstance(width, int):
-        raise ModelError(f"output {name!r} has shape {spec.shape}, so how many classes there are cannot be told. Give labels.")
+        raise ModelError(
+            f"output {name!r} has shape {spec.shape}, so how many classes there are cannot be told. Give labels."
+        )
     return width
 
 
@@ -207,7 +211,12 @@ def _key_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[
     """Columns whose hash gives a row its place."""
     if key is not None:
         if key not in df.columns:
-            raise ConfigError("key", key, f"is no column of the training data.{did_you_mean(key, df.columns)}", "Name a column that tells rows apart")
+            raise ConfigError(
+                "key",
+                key,
+                f"is no column of the training data.{did_you_mean(key, df.columns)}",
+                "Name a column that tells rows apart",
+            )
         return [key]
     return ["path"] if "path" in df.columns else list(needed)
 
@@ -215,7 +224,9 @@ def _key_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[
 def _check_columns(df: DataFrame, needed: Sequence[str], name: str) -> None:
     for column in needed:
         if column not in df.columns:
-            raise DataError(f"{name} has no column {column!r}, which the model reads.{did_you_mean(column, df.columns)}")
+            raise DataError(
+                f"{name} has no column {column!r}, which the model reads.{did_you_mean(column, df.columns)}"
+            )
 
 
 def _cut(model: Model, preparation: Preparation) -> tuple[Split | None, nn.Module, Signature, Preparation]:
@@ -291,7 +302,9 @@ def _rehearse(
     surgery.set_training(copied, frozen)
     trainable = [p for p in copied.parameters() if p.requires_grad]
     if not trainable:
-        raise ModelError("no layer can learn: all are frozen, or have no weights. Use unfreeze(), or then() to add a layer.")
+        raise ModelError(
+            "no layer can learn: all are frozen, or have no weights. Use unfreeze(), or then() to add a layer."
+        )
     with torch.random.fork_rng(devices=[]):
         batch = preparation.batch(arrays, targets=True)
         value = compute_loss(copied, signature, batch, loss)
@@ -308,7 +321,10 @@ def _rehearse(
     made = make_optimizer(trainable)
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(
-            "optimizer", make_optimizer, f"gave a {type(made).__name__}", "Give a function of parameters that returns a torch optimizer: partial(torch.optim.SGD, lr=0.1)"
+            "optimizer",
+            make_optimizer,
+            f"gave a {type(made).__name__}",
+            "Give a function of parameters that returns a torch optimizer: partial(torch.optim.SGD, lr=0.1)",
         )
     return len(labels) if labels is not None else None
 
@@ -317,10 +333,14 @@ def _callables(make_optimizer: OptimizerFactory, loss: Callable[..., Any], strat
     import cloudpickle
 
     try:
-        return bytes(cloudpickle.dumps((make_optimizer, loss, strategy)))
+        with ship.user_code_by_value():
+            return bytes(cloudpickle.dumps((make_optimizer, loss, strategy)))
     except Exception as error:
         raise ConfigError(
-            "optimizer, loss", (make_optimizer, loss), f"cannot be sent to the workers: {error}", "Use functions and classes without open files, locks or sessions"
+            "optimizer, loss",
+            (make_optimizer, loss),
+            f"cannot be sent to the workers: {error}",
+            "Use functions and classes without open files, locks or sessions",
         ) from error
 
 
@@ -446,7 +466,10 @@ def _workers(spark: SparkSession, asked: int | None) -> int:
         return there or 2
     if there is not None and asked > there:
         raise ConfigError(
-            "workers", asked, f"needs {asked} task slots at the same time, and the session has {there}", f"Use workers={there} or a larger cluster"
+            "workers",
+            asked,
+            f"needs {asked} task slots at the same time, and the session has {there}",
+            f"Use workers={there} or a larger cluster",
         )
     return asked
 
@@ -459,7 +482,9 @@ def own_address(spark: SparkSession) -> str | None:
     return None if ship.is_connect(spark) else spark.conf.get("spark.driver.host", None)
 
 
-def _run_directory(run: str | Path | None, spark: SparkSession, stack: contextlib.ExitStack) -> tuple[Place | None, str]:
+def _run_directory(
+    run: str | Path | None, spark: SparkSession, stack: contextlib.ExitStack
+) -> tuple[Place | None, str]:
     """The run directory with its beacon; a temporary one, gone afterwards, where none was asked for."""
     from kindling.storage import open_place
 
@@ -537,7 +562,11 @@ def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contex
     if not reports:
         raise SessionError("the workers came back without a report. Was the job cancelled from outside?")
     events = [
-        Event.from_line(line) for row in rows if row["kind"] == "events" for line in bytes(row["data"]).splitlines() if line
+        Event.from_line(line)
+        for row in rows
+        if row["kind"] == "events"
+        for line in bytes(row["data"]).splitlines()
+        if line
     ]
     digests = {rank: report["sha256"] for rank, report in reports.items()}
     if len(set(digests.values())) > 1:
@@ -600,5 +629,3 @@ def _trained_module(tail: nn.Module, weights: bytes) -> nn.Module:
     module = copy.deepcopy(tail)
     module.load_state_dict(load(weights))
     return module.eval()
-
-

@@ -21,8 +21,8 @@ from kindling.errors import KindlingError, TrainingError
 from kindling.evaluate import Tally, aligned, loss_rows, merge_all
 from kindling.prepare import Preparation
 from kindling.signature import Signature
-from kindling.train.order import OrderPlan, epoch_order, mix, plan_order, shard_of, static_order
 from kindling.train.order import VIRTUAL_SHARDS as V
+from kindling.train.order import OrderPlan, epoch_order, mix, plan_order, shard_of, static_order
 from kindling.train.settings import LoopSettings
 from kindling.train.spool import Rows
 from kindling.train.strategies import Comms, Replica, State, Strategy
@@ -201,7 +201,7 @@ class Loop:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss became {value} in epoch {epoch}, step {step} (worker {self.comms.rank}). "
-                "A smaller learning rate, scaled inputs or a check of the data for values that are no numbers helps most often."
+                "What helps most often: a smaller learning rate, scaled inputs, a look for values that are no numbers."
             )
         (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
         return value
@@ -247,5 +247,7 @@ def compute_loss(
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TrainingError(f"the loss of a batch is {shape}, not one number. Average it in the loss function.")
     if not value.requires_grad:
-        raise TrainingError("the loss depends on no trainable parameter. Is every layer frozen? Use unfreeze() or then().")
+        raise TrainingError(
+            "the loss depends on no trainable parameter. Is every layer frozen? Use unfreeze() or then()."
+        )
     return value.reshape(())

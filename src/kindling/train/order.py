@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 VIRTUAL_SHARDS = 240
-"""V. Many worker counts divide it (1 to 6, 8, 10, 12, 15, 16, 20, 24, 30, ...); more shards would only thin them out."""
+"""V. Many worker counts divide it (1 to 6, 8, 10, 12, 15, 16, 20, 24, 30, ...)."""
 
 _WINDOW_ROWS = 1 << 22
 """Rows ranked at once: bounds the memory of `plan_order` to some 100 MB whatever the data's size."""
@@ -115,7 +116,7 @@ def static_order(hashes: np.ndarray, content_of: Callable[[int], bytes]) -> np.n
     ordered = hashes[order]
     edges = np.flatnonzero(np.diff(ordered) != 0) + 1
     bounds = np.concatenate(([0], edges, [len(order)]))
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds.tolist()):
         if stop - start > 1:
             order[start:stop] = sorted(order[start:stop].tolist(), key=content_of)
     return order
@@ -129,5 +130,7 @@ def epoch_order(hashes: np.ndarray, place_of_own: np.ndarray, epoch: int, seed: 
         place_of_own: from `OrderPlan`.
     Returns: shape (n,), int64; the first `rows_TW[0, rank]` of them are the rows of step 0, and so on.
     """
-    shuffled = np.lexsort((mix(hashes, seed, epoch), shard_of(hashes)))  # lexsort is stable: equal hashes keep their order
+    shuffled = np.lexsort(
+        (mix(hashes, seed, epoch), shard_of(hashes))
+    )  # lexsort is stable: equal hashes keep their order
     return shuffled[np.argsort(place_of_own)]

@@ -78,7 +78,8 @@ def pack_rows(spec: PackSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
     waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
     waiting_rows = 0
     out = _Outbox(spec)
-    broken, examples = 0, []
+    broken = 0
+    examples: list[tuple[str, str]] = []
 
     def flush_waiting(everything: bool) -> None:
         """Run the prefix over whole batches of its size; keep the remainder for the next rows."""
@@ -105,7 +106,8 @@ def pack_rows(spec: PackSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
             if not spec.drop_broken:
                 key, why = found[0]
                 raise DataError(
-                    f"row {key!r} cannot be trained on: {why}. Mend or remove it, or leave such rows out with on_error='drop'."
+                    f"row {key!r} cannot be trained on: {why}. "
+                    "Mend or remove it, or leave such rows out with on_error='drop'."
                 )
             broken += len(found)
             examples += found[: _EXAMPLES - len(examples)]
@@ -174,7 +176,10 @@ class _Outbox:
             keys, counts, notes, blobs = zip(*rows, strict=True)
             streams = [self._spec.stream] * len(rows)
             yield pa.RecordBatch.from_arrays(
-                [pa.array(column, kind.type) for column, kind in zip((keys, streams, counts, notes, blobs), _ARROW_SCHEMA, strict=True)],
+                [
+                    pa.array(column, kind.type)
+                    for column, kind in zip((keys, streams, counts, notes, blobs), _ARROW_SCHEMA, strict=True)
+                ],
                 schema=_ARROW_SCHEMA,
             )
 
@@ -190,7 +195,7 @@ def to_blob(arrays: Mapping[str, np.ndarray], hashes: np.ndarray) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue().to_pybytes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +215,7 @@ class Rows:
         return b"".join(column[row].tobytes() for _, column in sorted(self.columns.items()))
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of some rows, in memory that torch allocated: results may depend on alignment, and torch's is fixed."""
+        """Copies of some rows, in memory that torch allocated: bits may depend on alignment, and torch's is fixed."""
         import torch
 
         gathered = {}
@@ -252,11 +257,13 @@ class Spool:
             data = memoryview(column.buffers()[1])[column.offset * width : (column.offset + len(column)) * width]
             file = self._files.get((stream, name))
             if file is None:
-                file = self._files[stream, name] = open(self._path(stream, name), "wb", buffering=0)  # noqa: SIM115
+                file = self._files[stream, name] = open(self._path(stream, name), "wb", buffering=0)
             try:
                 file.write(data)
             except OSError as error:
-                raise StorageError(f"rows could not be spooled to {self.directory}: {error}. Free the disk or set SPARK_LOCAL_DIRS.") from error
+                raise StorageError(
+                    f"rows could not be spooled to {self.directory}: {error}. Free the disk or set SPARK_LOCAL_DIRS."
+                ) from error
             self.bytes += len(data)
 
     def rows(self, stream: int) -> Rows:
@@ -268,7 +275,9 @@ class Spool:
             file = self._files.pop((stream, name), None)
             if file is not None:
                 file.close()
-            columns[name] = np.memmap(self._path(stream, name), dtype, "r", shape=full) if len(hashes) else np.empty(full, dtype)
+            columns[name] = (
+                np.memmap(self._path(stream, name), dtype, "r", shape=full) if len(hashes) else np.empty(full, dtype)
+            )
         return Rows(hashes, columns)
 
     def close(self) -> None:

@@ -42,7 +42,10 @@ def run_worker(spec: WorkerSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[
     settle(spec.threads)
     for kind, part, data in _Worker(spec).run(batches):
         yield pa.RecordBatch.from_arrays(
-            [pa.array([value], field.type) for value, field in zip((_rank(), kind, part, data), _ARROW_SCHEMA, strict=True)],
+            [
+                pa.array([value], field.type)
+                for value, field in zip((_rank(), kind, part, data), _ARROW_SCHEMA, strict=True)
+            ],
             schema=_ARROW_SCHEMA,
         )
 
@@ -84,7 +87,9 @@ class _Worker:
             spool = Spool(self.spec.run, Preparation.from_json(self.spec.preparation).packed_spec(targets=True))
             self.log.emit("start", keep=False)
             for batch in batches:
-                streams, notes, blobs = (batch.column(batch.schema.get_field_index(n)) for n in ("stream", "notes", "blob"))
+                streams, notes, blobs = (
+                    batch.column(batch.schema.get_field_index(n)) for n in ("stream", "notes", "blob")
+                )
                 for row in range(batch.num_rows):
                     spool.add(streams[row].as_py(), blobs[row].as_buffer(), notes[row].as_py())
             self.log.emit("spooled", seconds=time.perf_counter() - began, bytes=spool.bytes)
@@ -112,7 +117,9 @@ class _Worker:
         self.log.emit("met", host=meeting.host, attempt=meeting.attempt, rows=len(feed))
         if not meeting.directory_seen:
             if self.rank == 0 and spec.directory_asked:
-                self.log.emit("warning", text=f"not every worker can see {spec.run_directory}: no checkpoints are kept.")
+                self.log.emit(
+                    "warning", text=f"not every worker can see {spec.run_directory}: no checkpoints are kept."
+                )
             place = None
         if spec.workers > 1:
             from datetime import timedelta
@@ -120,7 +127,7 @@ class _Worker:
             _use_interface(meeting.host)
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore(f"attempt-{meeting.attempt}", store),
+                store=dist.PrefixStore(f"attempt-{meeting.attempt}", store),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=spec.workers,
                 timeout=timedelta(seconds=spec.collective_timeout_s),
@@ -255,7 +262,9 @@ class _Worker:
                 return mine
             unread |= {step for step in steps if step > min(newest)}
 
-    def _report(self, trained: tuple[Any, Any], meeting: _Meeting, place: Place | None) -> Iterator[tuple[str, int, bytes]]:
+    def _report(
+        self, trained: tuple[Any, Any], meeting: _Meeting, place: Place | None
+    ) -> Iterator[tuple[str, int, bytes]]:
         from safetensors.torch import save
 
         module, history = trained
@@ -358,7 +367,9 @@ def _open_store(rank: int, host: str, workers: int) -> tuple[Any, int]:
         return None, 0
     import torch.distributed as dist
 
-    store = dist.TCPStore(host, 0, workers, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, 0, workers, is_master=True, wait_for_workers=False
+    )
     return store, store.port
 
 
@@ -367,7 +378,8 @@ def _join_store(host: str, port: int, workers: int, timeout_s: float) -> Any:
 
     import torch.distributed as dist
 
-    return dist.TCPStore(host, port, workers, is_master=False, timeout=timedelta(seconds=timeout_s))
+    wait = timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, port, workers, is_master=False, timeout=wait)  # type: ignore[attr-defined]
 
 
 def _use_interface(host: str) -> None:

@@ -38,7 +38,11 @@ class AllReduce(Strategy):
                 parameter.grad = torch.zeros_like(parameter)
         for group in by_dtype([p.grad for p in parameters if p.grad is not None]):
             unflatten_into(comms.all_reduce(flatten(group)), group)
-        return {**state, "rows": state.get("rows", 0) + int(rows_W[comms.rank]), "all": state.get("all", 0) + int(rows_W.sum())}
+        return {
+            **state,
+            "rows": state.get("rows", 0) + int(rows_W[comms.rank]),
+            "all": state.get("all", 0) + int(rows_W.sum()),
+        }
 
     def on_epoch(self, replica: Replica, state: State, comms: Comms) -> State:
         # Gradients were shared, batch statistics were not: each worker saw its own rows.

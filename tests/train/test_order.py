@@ -1,0 +1,90 @@
+"""The order of rows depends on hashes and counts alone, spends every row once, and is even over the workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kindling.train import order
+from kindling.train.order import VIRTUAL_SHARDS, epoch_order, owner_of, plan_order, shard_of, static_order
+
+
+def _hashes(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**64, rows, dtype=np.uint64)
+
+
+def _owned(hashes: np.ndarray, workers: int, rank: int) -> np.ndarray:
+    return hashes[owner_of(shard_of(hashes), workers) == rank]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 700), workers=st.integers(1, 7), batch=st.integers(1, 64), seed=st.integers(0, 5))
+def test_every_row_has_one_place_and_every_step_has_rows(rows: int, workers: int, batch: int, seed: int) -> None:
+    counts = np.bincount(shard_of(_hashes(rows, seed)), minlength=VIRTUAL_SHARDS)
+    plans = [plan_order(counts, workers, rank, batch) for rank in range(workers)]
+    places = np.sort(np.concatenate([plan.place_of_own for plan in plans]))
+    assert places.tolist() == list(range(rows))
+    for plan in plans:
+        assert plan.rows_TW.tolist() == plans[0].rows_TW.tolist()
+        assert plan.rows_TW.sum(axis=1).tolist() == [batch] * (rows // batch) + ([rows % batch] if rows % batch else [])
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_global_batches_are_the_same_rows_for_every_worker_count(workers: int) -> None:
+    hashes = _hashes(1000)
+    counts = np.bincount(shard_of(hashes), minlength=VIRTUAL_SHARDS)
+
+    def batches(count: int) -> list[set[int]]:
+        found: list[set[int]] = []
+        for rank in range(count):
+            mine = _owned(hashes, count, rank)
+            mine = mine[static_order(mine, lambda row: b"")]
+            plan = plan_order(counts, count, rank, 96)
+            ordered = mine[epoch_order(mine, plan.place_of_own, epoch=3, seed=1)]
+            stops = np.cumsum(plan.rows_TW[:, rank])
+            found = found or [set() for _ in stops]
+            for batch, part in zip(found, np.split(ordered, stops[:-1]), strict=True):
+                batch.update(part.tolist())
+        return found
+
+    assert batches(workers) == batches(1)
+
+
+def test_order_of_arrival_changes_nothing() -> None:
+    hashes = _hashes(500)
+    hashes[100:110] = hashes[7]  # rows that share a key
+    content = np.random.default_rng(1).bytes(500 * 8)
+    rows = [content[8 * i : 8 * i + 8] for i in range(500)]
+    arrival = np.random.default_rng(2).permutation(500)
+    one = static_order(hashes, lambda row: rows[row])
+    other = arrival[static_order(hashes[arrival], lambda row: rows[arrival[row]])]
+    assert one.tolist() == other.tolist()
+
+
+def test_epochs_differ_and_seeds_differ() -> None:
+    hashes = _hashes(400)
+    counts = np.bincount(shard_of(hashes), minlength=VIRTUAL_SHARDS)
+    plan = plan_order(counts, 1, 0, 32)
+    ordered = hashes[static_order(hashes, lambda row: b"")]
+    first, second, reseeded = (epoch_order(ordered, plan.place_of_own, e, s) for e, s in ((1, 0), (2, 0), (1, 1)))
+    assert sorted(first.tolist()) == list(range(400))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() != reseeded.tolist()
+
+
+def test_ranking_in_windows_gives_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = np.bincount(shard_of(_hashes(5000)), minlength=VIRTUAL_SHARDS)
+    whole = plan_order(counts, 3, 1, 96)
+    monkeypatch.setattr(order, "_WINDOW_ROWS", 137)
+    parts = plan_order(counts, 3, 1, 96)
+    assert parts.place_of_own.tolist() == whole.place_of_own.tolist()
+    assert parts.rows_TW.tolist() == whole.rows_TW.tolist()
+
+
+def test_steps_are_nearly_even_over_the_workers() -> None:
+    counts = np.bincount(shard_of(_hashes(30_607)), minlength=VIRTUAL_SHARDS)
+    rows_TW = plan_order(counts, 2, 0, 64).rows_TW
+    of_five_steps = rows_TW[: len(rows_TW) // 5 * 5].reshape(-1, 5, 2).sum(axis=1)
+    assert (of_five_steps.max(axis=1) / of_five_steps.mean(axis=1)).mean() < 1.03

@@ -1,0 +1,81 @@
+"""Blobs keep rows as they are, from any number of parts, and a killed worker's files are swept up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kindling.errors import StorageError
+from kindling.train.spool import TRAIN, VALIDATION, Spool, to_blob
+
+SPEC = {"image": ("uint8", (2, 3)), "label": ("int64", ())}
+
+
+@pytest.fixture(autouse=True)
+def _local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_LOCAL_DIRS", str(tmp_path))
+
+
+def _part(rows: int, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    rng = np.random.default_rng(seed)
+    arrays = {"image": rng.integers(0, 255, (rows, 2, 3), dtype=np.uint8), "label": rng.integers(0, 9, rows)}
+    return arrays, rng.integers(0, 2**64, rows, dtype=np.uint64)
+
+
+def test_rows_come_back_as_they_went() -> None:
+    spool = Spool("r", SPEC)
+    parts = [_part(rows, seed) for seed, rows in enumerate((5, 0, 1, 30))]
+    for arrays, hashes in parts:
+        spool.add(TRAIN, to_blob(arrays, hashes), None)
+    spool.add(VALIDATION, to_blob(*_part(4, 9)), None)
+    spool.add(TRAIN, b"", '{"broken": 2, "examples": []}')
+    rows = spool.rows(TRAIN)
+    assert len(rows) == 36
+    assert spool.notes == [{"broken": 2, "examples": [], "stream": TRAIN}]
+    np.testing.assert_array_equal(rows.hashes, np.concatenate([hashes for _, hashes in parts]))
+    for name in SPEC:
+        np.testing.assert_array_equal(rows.columns[name], np.concatenate([arrays[name] for arrays, _ in parts]))
+    picked = rows.gather(np.array([35, 0, 0]))
+    np.testing.assert_array_equal(picked["image"], rows.columns["image"][[35, 0, 0]])
+    assert picked["image"].ctypes.data % 64 == 0
+    assert len(spool.rows(VALIDATION)) == 4
+    spool.close()
+    assert not spool.directory.exists()
+
+
+def test_no_rows_at_all() -> None:
+    spool = Spool("r", SPEC)
+    rows = spool.rows(TRAIN)
+    assert len(rows) == 0
+    assert rows.gather(np.empty(0, np.int64))["image"].shape == (0, 2, 3)
+    spool.close()
+
+
+def test_what_a_dead_worker_left_is_swept_up(tmp_path: Path) -> None:
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    left = tmp_path / f"kindling-r-{dead.stdout.strip()}-abc"
+    other_run = tmp_path / f"kindling-other-{dead.stdout.strip()}-abc"
+    alive = tmp_path / f"kindling-r-{os.getppid()}-abc"
+    for folder in (left, other_run, alive):
+        folder.mkdir()
+        (folder / "0-0.bin").write_bytes(b"x")
+    Spool("r", SPEC).close()
+    assert not left.exists()
+    assert other_run.exists()
+    assert alive.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool("r", SPEC)
+    monkeypatch.setattr(spool, "_path", lambda stream, name: Path("/dev/full"))
+    with pytest.raises(StorageError, match="could not be spooled"):
+        spool.add(TRAIN, to_blob(*_part(5, 0)), None)
+    spool.close()
