@@ -95,3 +95,18 @@ def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
         os.environ.pop(name, None)
     os.chdir(folder)
     assert not left, f"the test left behind {'; '.join(left)}"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small real pictures: scikit-learn's handwritten digits 0, 1 and 2, twenty PNG files of each."""
+    from PIL import Image
+
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    folder = tmp_path_factory.mktemp("photos")
+    for label in range(3):
+        (folder / str(label)).mkdir()
+        for number, row in enumerate((digits.target == label).nonzero()[0][:20]):
+            pixels = (digits.images[row] * 255 / 16).round().astype("uint8")
+            Image.fromarray(pixels).save(folder / str(label) / f"{number:02}.png")
+    return folder
