@@ -24,7 +24,13 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts commonly put the weights."""
 _PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put in front of every name."""
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    "U8": "uint8",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+}
 
 _BROKEN = (
     *(RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError),

@@ -214,9 +214,8 @@ def _parts(
 
     step = ImageStep("image", **image)
     height, width, channels = step.shape
-    last = list(dict(module.named_children()))[-1]
-    # An activation belongs to the layer before it, and so does its name.
-    output = last.removesuffix("_relu")
+    # An activation belongs to the layer before it.
+    output = [child for child, _ in module.named_children() if not child.endswith("_relu")][-1]
     with torch.inference_mode():
         shape = twin(torch.empty(1, channels, height, width, device="meta")).shape
     signature = Signature(
@@ -457,7 +456,7 @@ _MOBILENET = NetInfo(
                 image=_TORCHVISION,
             ),
             ("predictions",),
-            "torchvision's mobilenet_v2 without the classifier; the net ends at conv2",
+            "torchvision's mobilenet_v2 without the classifier; the net ends at conv2_bn",
         ),
         *_both(
             Layout(
@@ -496,7 +495,7 @@ _MOBILENET = NetInfo(
                 renamed={"Logits": "predictions"},
             ),
             ("predictions",),
-            "Keras's MobileNetV2 without the classifier; the net ends at conv2",
+            "Keras's MobileNetV2 without the classifier; the net ends at conv2_bn",
         ),
         *_own(mobilenet_v2, "predictions", _TORCHVISION),
     ),

@@ -233,7 +233,7 @@ def squeezenet1_1(classes: int | None = 1000, *, ceil_pool: bool = True) -> nn.S
 
 
 class InvertedResidual(nn.Sequential):
-    """MobileNetV2's block: widen by 1 x 1, filter each channel by 3 x 3, narrow by 1 x 1; plus its input if they fit."""
+    """MobileNetV2's block: widen by 1 x 1, filter each channel by 3 x 3, narrow by 1 x 1; add the input if it fits."""
 
     def __init__(self, layers: Iterable[tuple[str, nn.Module]], shortcut: bool) -> None:
         super().__init__(OrderedDict(layers))
@@ -250,7 +250,7 @@ def mobilenet_v2(classes: int | None = 1000, *, batch_norm: bool = True, tensorf
     """MobileNetV2 of width 1. Layers: conv1, block1.depthwise ... block17.project, conv2, pool, predictions.
 
     Args:
-        classes: width of the scores; None ends the net at `conv2`, (N, 1280, 7, 7).
+        classes: width of the scores; None ends the net at `conv2_bn`, (N, 1280, 7, 7).
         batch_norm: False leaves out the normalisations (they are folded into the convolutions, which get biases).
         tensorflow: pad as TensorFlow's SAME does (strided convolutions get one row below and one column to the right,
             which is exact for sides that are multiples of 32) and normalise with its epsilon of 0.001.
