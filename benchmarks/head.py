@@ -1,0 +1,125 @@
+"""A softmax head from Parquet, against the same loop in plain torch on arrays in memory; and the way to step one.
+
+The plain loop is the better of one process with every core, and one process per core with its share of the rows and no
+agreement at all (batch 32 each). kindling's seconds per epoch are wall time between epochs, with everything in them:
+averaging, checkpoints, events; the first epoch is left out on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import inputs
+from benchmarks.harness import Bench, Case, Target, run_together
+
+
+def run(bench: Bench) -> None:
+    import torch
+    from torch import nn
+
+    import kindling as kd
+
+    table, arrays = inputs.head_table(bench["rows"], bench["features"], bench["classes"])
+    labels = tuple(f"class_{label:03d}" for label in range(bench["classes"]))
+    sgd = {"lr": 0.01, "momentum": 0.8, "nesterov": True}
+    spark = bench.session()
+    strategies = {"averaging every 5": kd.ParameterAveraging(every=5), "all-reduce": kd.AllReduce()}
+    for number in range(bench.rounds):
+        loops = (("one process", 1, 32), ("one process per core", bench.cores, 32), ("one process, batch 64", 1, 64))
+        for name, parts, batch in loops:
+            answer = plain(bench, arrays, parts, batch, sgd)
+            bench.record(f"plain torch, {name}", answer["steady"], "s/epoch", round=number, **answer)
+        for name, strategy in strategies.items():
+            torch.manual_seed(bench.seed)
+            model = kd.Model.of(nn.Linear(bench["features"], len(labels)), shape=(bench["features"],), labels=labels)
+            with bench.scratch() as folder:
+                began = time.time()
+                trained = model.fit(
+                    spark.read.parquet(str(table)),
+                    epochs=bench["epochs"],
+                    batch_size=32,
+                    optimizer=partial(torch.optim.SGD, **sgd),
+                    strategy=strategy,
+                    workers=bench.cores,
+                    seed=bench.seed,
+                    run=folder / "run",
+                    progress=False,
+                )
+                record = trained.history[-1]
+                steady = wall_per_epoch(folder / "run", [epoch["seconds"] for epoch in record["epochs"]])
+                phases = phases_to_first_step(folder / "run", began, record["phases_s"])
+            details = {"epochs": record["epochs"], "phases_s": record["phases_s"]}
+            bench.record(f"kindling, {name}", steady, "s/epoch", round=number, **details)
+            bench.record(
+                f"kindling, {name}: fit to first step", phases["to first step"], "s", round=number, phases=phases
+            )
+    best = bench.best(["plain torch, one process", "plain torch, one process per core"], highest=False)
+    for name in strategies:
+        bench.ratio(f"kindling, {name} / plain torch", bench.best([f"kindling, {name}"]), best)
+    told = [line["phases"] for line in bench.lines if "phases" in line]
+    for phase in told[0]:
+        bench.value(f"fit to first step, seconds: {phase}", statistics.median(phases[phase] for phases in told))
+
+
+def plain(bench: Bench, arrays: Path, parts: int, batch: int, sgd: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain loop in `parts` processes; `steady` is the slowest one's mean seconds per epoch after the first."""
+    common = {
+        "arrays": str(arrays),
+        "parts": parts,
+        "batch": batch,
+        "epochs": bench["epochs"],
+        "seed": bench.seed,
+        **sgd,
+    }
+    specs = [{**common, "part": part, "threads": bench.cores // parts} for part in range(parts)]
+    answers = run_together("plain_head", specs)
+    steady = max(statistics.mean(answer["seconds"][1:]) for answer in answers)
+    return {"steady": steady, "losses": answers[0]["losses"], "seconds": [answer["seconds"] for answer in answers]}
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    """Every event of the run directory's last attempt."""
+    attempts = sorted((run / "events").iterdir(), key=lambda folder: int(folder.name))
+    lines = [line for path in attempts[-1].rglob("*.jsonl") for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def wall_per_epoch(run: Path, reported: list[float]) -> float:
+    """Seconds from the end of the first epoch to the end of the last, per epoch; never less than the loop reported."""
+    ends = sorted(event["unix_s"] for event in events_of(run) if event["kind"] == "epoch" and event["rank"] == 0)
+    return max((ends[-1] - ends[0]) / (len(ends) - 1), statistics.mean(reported[1:]))
+
+
+def phases_to_first_step(run: Path, began: float, phases_s: Mapping[str, float]) -> dict[str, float]:
+    """Seconds from the call of `fit` to the end of the first step, split: pack and shuffle, spool, meet, first step."""
+    events = events_of(run)
+    spooled = [event for event in events if event["kind"] == "spooled"]
+    met = max(event["unix_s"] for event in events if event["kind"] == "met")
+    started = max(event["unix_s"] - event["data"]["seconds"] for event in spooled)
+    ready = max(event["unix_s"] for event in spooled)
+    first = phases_s["to_first_step"]
+    return {
+        "plan, pack and shuffle": started - began,
+        "spool": ready - started,
+        "meet": met - ready,
+        "first step": began + first - met,
+        "to first step": first,
+    }
+
+
+CASE = Case(
+    name="head",
+    what="Softmax head from Parquet: seconds per epoch against plain torch in memory; fit to first step by phase.",
+    run=run,
+    presets={
+        "tiny": {"rows": 600, "features": 64, "classes": 7, "epochs": 2},
+        "full": {"rows": 30607, "features": 4096, "classes": 257, "epochs": 6},
+    },
+    targets=(Target(value="kindling, averaging every 5 / plain torch", at_most=1.15),),
+)
