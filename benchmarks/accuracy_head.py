@@ -94,7 +94,8 @@ def kindling_head(bench: Bench, split: Split, names: list[str], strengths: tuple
             best = (accuracy, strength, head)
     assert best is not None
     valid, strength, head = best
-    return Optimum(strength, head.evaluate(frames["train"]).accuracy, valid, head.evaluate(frames["test"]).accuracy)
+    train, test = (head.evaluate(frames[side], precision="fp32").accuracy for side in ("train", "test"))
+    return Optimum(strength, train, valid, test)
 
 
 def written(side: tuple[np.ndarray, np.ndarray], names: list[str], path: Path, spark: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from benchmarks import inputs
-from benchmarks.featurizing import Ceiling, agreement, described, kindling_pass, plain_pass
+from benchmarks.featurizing import Ceiling, agreement, chosen_precision, described, kindling_pass, plain_pass
 from benchmarks.harness import Bench, Case, Target
 
 
@@ -30,7 +30,7 @@ def run(bench: Bench) -> None:
         bench.record(
             "kindling cold: session, model, first pass", time.perf_counter() - began, "s", first_pass_s=seconds
         )
-        precision = chosen_precision(folder / "cold", model)
+        precision = chosen_precision(folder / "cold")
         bench.note("precision", precision)
         spec = described("vgg16", model, folder, until=bench["layer"])
         ceiling = Ceiling(bench, spec, {"fp32": "float32", "bf16": "bfloat16"}[precision])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,12 @@ def kindling_pass(bench: Bench, model: Any, photos: Path, out: Path) -> float:
     began = time.perf_counter()
     model.featurize(kd.read.images(str(photos), spark=spark), out=str(out), progress=False)
     return time.perf_counter() - began
+
+
+def chosen_precision(out: Path) -> str:
+    """`fp32` or `bf16`: what a pass chose, as it stored beside the features."""
+    precision: Any = json.loads((out / "_kindling.json").read_text())["precision"]
+    return precision["name"] if isinstance(precision, dict) else str(precision)
 
 
 def described(net: str, model: Any, folder: Path, *, until: str = "", ceil_mode: bool = True) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from benchmarks.harness import REPOSITORY, Bench, BenchmarkError, Case, make_peers  # noqa: E402
+from benchmarks.page import fill  # noqa: E402
 
 CASES = (
     "featurize_vgg16",
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--peers", dest="peers", action="store_true", default=None, help="run the peers (default in full)"
     )
     peers.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out (default in tiny)")
+    parser.add_argument("--write-docs", action="store_true", help="put the newest full figures into docs/BENCHMARKS.md")
     parser.add_argument("--check", action="store_true", help="end with code 1 where a target is missed")
     parser.add_argument(
         "--make-peers", action="store_true", help="build .venv-peers from requirements-peers.txt, and end"
@@ -93,6 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if asked.make_peers:
         make_peers()
+        return 0
+    if asked.write_docs:
+        page = REPOSITORY / "docs" / "BENCHMARKS.md"
+        page.write_text(fill(page.read_text(encoding="utf-8"), asked.results), encoding="utf-8")
         return 0
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:

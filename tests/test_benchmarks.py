@@ -1,0 +1,172 @@
+"""The benchmarks work: the registry is whole, figures combine as told, each case runs in its tiny preset."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Any]:
+    """The runner, imported as the repository's own package."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield importlib.import_module("benchmarks.run")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+@pytest.fixture
+def harness(run: Any) -> Any:
+    return importlib.import_module("benchmarks.harness")
+
+
+def bench_of(harness: Any, **settings: Any) -> Any:
+    case = harness.Case(name="case", what="", run=lambda bench: None, presets={"tiny": {}, "full": {}}, **settings)
+    return harness.Bench(case=case, quiet=True)
+
+
+def test_every_registered_case_says_what_it_is(run: Any) -> None:
+    for name in run.CASES:
+        case = run.find(name)
+        assert case.name == name
+        assert case.what.endswith(".")
+        assert set(case.presets) == {"tiny", "full"}
+
+
+def test_every_case_is_registered_and_documented(run: Any) -> None:
+    modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\nCASE = Case(" in path.read_text()}
+    assert modules == set(run.CASES)
+    for page in ("benchmarks/README.md", "docs/BENCHMARKS.md"):
+        text = (ROOT / page).read_text()
+        assert [name for name in run.CASES if f"`{name}`" not in text] == [], page
+
+
+@pytest.mark.parametrize("module", ["harness", "inputs", "optimum", "page"])
+def test_examples_in_the_docstrings_hold(run: Any, module: str) -> None:
+    pytest.importorskip("sklearn")
+    found = doctest.testmod(importlib.import_module(f"benchmarks.{module}"))
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_a_ratio_is_taken_inside_each_round(harness: Any) -> None:
+    bench = bench_of(harness)
+    for number, (ours, theirs) in enumerate([(10.0, 5.0), (30.0, 10.0), (8.0, 8.0)]):
+        bench.record("ours", ours, "images/s", round=number)
+        bench.record("theirs", theirs, "images/s", round=number)
+    bench.ratio("ours / theirs", bench.best(["ours"]), bench.best(["theirs"]))
+    assert bench.summary["ours / theirs"] == 2.0  # of 2, 3 and 1; the ratio of the medians would be 1.25
+    assert bench.median("ours") == 10.0
+
+
+def test_a_ceiling_is_the_best_configuration_of_its_round(harness: Any) -> None:
+    bench = bench_of(harness)
+    for number, (one, two) in enumerate([(4.0, 6.0), (7.0, 5.0)]):
+        bench.record("one", one, "images/s", round=number)
+        bench.record("two", two, "images/s", round=number)
+    assert bench.best(["one", "two"]) == {0: 6.0, 1: 7.0}
+    assert bench.best(["one", "two"], highest=False) == {0: 4.0, 1: 5.0}
+
+
+def test_targets_are_judged_in_the_full_preset_only(harness: Any) -> None:
+    target = harness.Target(value="speed", at_least=2.0)
+    bench = bench_of(harness, targets=(target,))
+    assert bench.verdicts()[0]["met"] is None
+    bench.value("speed", 1.9)
+    assert bench.verdicts()[0]["met"] is False
+    bench.value("speed", 2.0)
+    assert bench.verdicts()[0]["met"] is True
+    bench.preset = "tiny"
+    assert bench.verdicts()[0]["met"] is None
+
+
+def test_the_record_tells_how_to_repeat_it(harness: Any, tmp_path: Path) -> None:
+    bench = bench_of(harness)
+    bench.results, bench.command = tmp_path / "results", "python benchmarks/run.py case"
+    bench.record("ours", 3.0, "s", round=0, detail=[1, 2])
+    *figures, last = [json.loads(line) for line in bench.write().read_text().splitlines()]
+    assert figures[0] | {"contestant": "ours", "figure": 3.0, "unit": "s", "detail": [1, 2]} == figures[0]
+    assert last["command"] == "python benchmarks/run.py case"
+    assert last["runs"] == {"ours": [3.0]}
+    assert {"machine", "versions", "seed", "medians", "values"} <= set(last)
+    assert last["versions"]["torch"]
+
+
+def test_the_page_takes_the_newest_full_figures(run: Any, harness: Any, tmp_path: Path) -> None:
+    page = importlib.import_module("benchmarks.page")
+    text = (ROOT / "docs" / "BENCHMARKS.md").read_text()
+    assert [name for name in run.CASES if f"<!-- figures: {name} -->" not in text] == []
+    for preset, ratio in (("full", 0.5), ("full", 0.93), ("tiny", 0.1)):
+        bench = bench_of(harness, targets=(harness.Target(value="ours / theirs", at_least=0.9),))
+        bench.results, bench.preset, bench.command = tmp_path, preset, "python benchmarks/run.py case"
+        bench.record("ours", 3.0, "images/s")
+        bench.value("ours / theirs", ratio)
+        bench.write()
+    filled = page.fill("before <!-- figures: case -->old<!-- end --> after", tmp_path)
+    assert filled.startswith("before <!-- figures: case -->\n| value |")
+    assert "| ours / theirs | 0.93 | >= 0.9: met |" in filled
+    assert "old" not in filled
+    assert filled.endswith("<!-- end --> after")
+
+
+def test_a_failing_child_tells_its_last_lines(harness: Any) -> None:
+    with pytest.raises(harness.BenchmarkError, match="No such file"):
+        harness.run_program("plain_head", {"arrays": "/nowhere.npz", "threads": 1, "seed": 0})
+
+
+def test_an_unknown_case_is_a_wrong_command_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(["no_such_case"])
+    assert ended.value.code == 2
+    assert "featurize_vgg16" in capsys.readouterr().err
+
+
+def test_the_list_names_every_target(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--list"]) == 0
+    told = capsys.readouterr().out
+    assert "kindling / bare forward >= 0.9" in told
+    assert all(name in told for name in run.CASES)
+
+
+CASES = [
+    "featurize_vgg16",
+    "featurize_squeezenet",
+    "head",
+    "accuracy_head",
+    pytest.param("memory", marks=pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")),
+    "mnist_lenet",
+    "transfer_caltech101",
+]
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("name", CASES)
+def test_tiny_preset(run: Any, harness: Any, spark: Any, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("sklearn")
+    case = run.find(name)
+    bench = harness.Bench(
+        case=case, preset="tiny", rounds=1, results=tmp_path, peers=False, quiet=True, spark=spark, command="test"
+    )
+    run.run_case(bench)
+    *_, last = [json.loads(line) for line in bench.write().read_text().splitlines()]
+    assert last["case"] == name
+    assert all(figure >= 0 for figures in last["runs"].values() for figure in figures)
+    absent = [target["value"] for target in last["targets"] if target["seen"] is None]
+    named = [
+        value for value in absent if not any(other in value for other in ("Ray Data", "Daft", "MobileNetV2", "bf16"))
+    ]
+    assert (
+        named == []
+    )  # the tiny presets leave out peers, the second backbone and bf16; every other target has its value
+    cosine = last["values"].get("mean cosine of features, kindling and plain script")
+    assert cosine is None or cosine > 0.99
