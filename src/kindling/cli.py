@@ -62,10 +62,15 @@ def _root(
     pass
 
 
-def _spark(master: str | None, remote: str | None) -> SparkSession:
+def _spark(master: str | None, remote: str | None, log: str) -> SparkSession:
     if master is not None and remote is not None:
         raise typer.BadParameter("give --master or --remote, not both")
-    session = kd.spark(master, remote)
+    from pyspark.sql import SparkSession
+
+    # A failed task would fill the screen with Java stack traces before kindling says in one line what went wrong. The
+    # log of a session that runs already, or of a server elsewhere, is not ours to set.
+    ours = SparkSession.getActiveSession() is None and (remote is None or remote.startswith("local"))
+    session = kd.spark(master, remote, conf={"spark.log.level": log.upper()} if ours else None)
     _sessions.append(session)
     return session
 
@@ -130,13 +135,14 @@ def featurize(
     classes: o.Classes = None,
     master: o.Master = None,
     remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
     as_json: o.Json = False,
 ) -> None:
     """Run a net over photos and keep what one of its layers says, as Parquet (path, label, features)."""
     with command(as_json=as_json) as output:
         clock = Clock()
         with clock.phase("start Spark"):
-            spark = _spark(master, remote)
+            spark = _spark(master, remote, spark_log)
         with clock.phase("load the model"):
             net = o.open_model(model, weights, classes=classes, spark=spark)
             net = net.until(*until) if until else net
@@ -183,6 +189,7 @@ def fit(
     classes: o.Classes = None,
     master: o.Master = None,
     remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
     as_json: o.Json = False,
 ) -> None:
     """Train a model on Spark and save it."""
@@ -191,7 +198,7 @@ def fit(
         _refuse_to_replace(out, overwrite)
         clock = Clock()
         with clock.phase("start Spark"):
-            spark = _spark(master, remote)
+            spark = _spark(master, remote, spark_log)
         with clock.phase("read"):
             rows = o.rows_of(spark, data)
             labels = kd.labels(rows, target) if target in rows.columns else None
@@ -233,11 +240,12 @@ def evaluate(
     classes: o.Classes = None,
     master: o.Master = None,
     remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
     as_json: o.Json = False,
 ) -> None:
     """Compare a model's answers with the labels: loss, accuracy, precision, recall, F1, top-5, confusion matrix."""
     with command(as_json=as_json) as output:
-        spark = _spark(master, remote)
+        spark = _spark(master, remote, spark_log)
         net = o.open_model(model, weights, classes=classes, spark=spark)
         found = net.evaluate(o.rows_of(spark, data), precision=precision, batch_size=batch_size)
         result = {"report": found.to_json()}
@@ -264,18 +272,20 @@ def predict(
     classes: o.Classes = None,
     master: o.Master = None,
     remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
     as_json: o.Json = False,
 ) -> None:
     """Classify photos: the best label, its probability, and the runners-up."""
     with command(as_json=as_json) as output:
         if (out, master, remote) == (None, None, None) and all(Path(name).is_file() for name in data):
             net = o.open_model(model, weights, classes=classes)
-            answers = [{"path": path, **row} for path, row in zip(data, net.predict(data, top_k=top_k), strict=True)]
+            found = net.predict(data, top_k=top_k, on_error="fail" if on_error == "fail" else "keep")
+            answers = [{"path": path, **row} for path, row in zip(data, found, strict=True)]
             output.result({"predictions": answers}, _table(answers))
             return
         if out is not None:
             _refuse_to_replace(out, overwrite)
-        spark = _spark(master, remote)
+        spark = _spark(master, remote, spark_log)
         net = o.open_model(model, weights, classes=classes, spark=spark)
         frame = net.predict(o.rows_of(spark, data), top_k=top_k, on_error=on_error, precision=precision)
         if out is None:
@@ -293,6 +303,9 @@ def _table(answers: list[dict[str, Any]]) -> str:
     for answer in answers:
         if answer.get("error"):
             lines.append(f"{'?':<24} {'':>5}  {answer.get('path', '')}  ({answer['error']})")
+            continue
+        if answer.get("top_k") is None:  # no labels: numbers
+            lines.append(f"{plain(answer['prediction'])}  {answer.get('path', '')}")
             continue
         others = ", ".join(f"{other['label']} {other['probability']:.3f}" for other in answer["top_k"][1:])
         line = f"{answer['prediction']:<24} {answer['probability']:.3f}  {answer.get('path', '')}"
@@ -361,6 +374,7 @@ def transfer(
     classes: o.Classes = None,
     master: o.Master = None,
     remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
     as_json: o.Json = False,
 ) -> None:
     """The whole job: photos in; features of a trained net, a new head trained on Spark, a report and a model out."""
@@ -371,7 +385,7 @@ def transfer(
 
         clock = Clock()
         with clock.phase("start Spark"):
-            spark = _spark(master, remote)
+            spark = _spark(master, remote, spark_log)
         with clock.phase("load the net"):
             net = o.open_model(model, weights, classes=classes, spark=spark)
             net = net.until(*until) if until else net
@@ -403,12 +417,13 @@ def demo(
     ),
     master: Annotated[str | None, o.option(o.WHERE, "Spark master; default: local[2].", metavar="URL")] = None,
     remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
     as_json: o.Json = False,
 ) -> None:
     """Transfer learning from handwritten digits 0-4 to 5-9, offline, in under three minutes on two cores."""
     with command(as_json=as_json) as output:
         from kindling.demo import run
 
-        spark = _spark(master or (None if remote else "local[2]"), remote)
+        spark = _spark(master or (None if remote else "local[2]"), remote, spark_log)
         result = run(spark, out)
         output.result(result.to_json(), str(result))

@@ -41,6 +41,9 @@ Data = Annotated[
 ]
 Master = Annotated[str | None, option(WHERE, "Spark master, such as local[4] or yarn.", metavar="URL")]
 Remote = Annotated[str | None, option(WHERE, "Spark Connect server, such as sc://host:15002.", metavar="URL")]
+SparkLog = Annotated[
+    str, option(WHERE, "Spark's own log level: OFF, ERROR, WARN, INFO.", "--spark-log", metavar="LEVEL")
+]
 Json = Annotated[bool, option(OUTPUT, "Write the result as one JSON object to stdout.", "--json")]
 ModelName = Annotated[
     str,

@@ -122,7 +122,7 @@ def transfer(
             seed=seed,
         )
     with clock.phase("evaluate"):
-        reports = [head.evaluate(part) if count else None for part, count in zip(parts, counts, strict=True)]
+        reports = [head.evaluate(part, precision="fp32") if count else None for part, count in zip(parts, counts, strict=True)]
     if cached is not None:
         cached.unpersist()
     model = trunk.freeze().then(head.module, labels=labels, name="classifier")
