@@ -46,8 +46,8 @@ def open_weights(path: str | PathLike[str]) -> dict[str, Stored]:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.namelist()
-        except zipfile.BadZipFile as error:
-            raise FormatError(f"{file} is a truncated archive ({size:,} bytes). Fetch it again.") from error
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+            raise FormatError(f"{file} is a truncated or damaged archive ({size:,} bytes). Fetch it again.") from error
         if members and all(member.endswith(".npy") for member in members):
             from kindling.formats.npz import read_npz
 
