@@ -305,13 +305,17 @@ def user_code_by_value() -> Iterator[None]:
     installed = {str(Path(path).resolve()) for key, path in sysconfig.get_paths().items() if key in kinds}
     known = (*installed, str(Path(__file__).resolve().parent))
     already = set(cloudpickle.list_registry_pickle_by_value())
+    installed_packages: dict[str, bool] = {}  # a package's modules lie together: one look for each package
     own = []
     for name, home in list(sys.modules.items()):
         file = getattr(home, "__file__", None)
         # A module under another name than its own (an alias) cannot be registered.
         if file is None or name == "__main__" or name in already or getattr(home, "__name__", None) != name:
             continue
-        if not str(Path(file).resolve()).startswith(known):
+        package = name.partition(".")[0]
+        if package not in installed_packages:
+            installed_packages[package] = str(Path(file).resolve()).startswith(known)
+        if not installed_packages[package]:
             own.append(home)
     for home in own:
         cloudpickle.register_pickle_by_value(home)

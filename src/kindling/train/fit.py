@@ -504,11 +504,10 @@ def _run_directory(
 
 @dataclass
 class _Desk:
-    """The driver's reader of events: shows progress, remembers the first error, and stops the job for it."""
+    """The driver's reader of events: shows progress, remembers the first error and the time of the first step."""
 
     bar: TrainingBar
     error: KindlingError | None = None
-    cancel: Callable[[], None] | None = None
     first_step: float | None = None
 
     def on_event(self, event: Event) -> None:
@@ -516,8 +515,6 @@ class _Desk:
             self.first_step = time.perf_counter()
         if event.kind == "error" and self.error is None:
             self.error = from_text(str(event.data.get("wire")))
-            if self.cancel is not None:
-                self.cancel()
         self.bar.on_event(event)
 
 
@@ -545,19 +542,25 @@ class _Result:
 
 
 def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contextlib.ExitStack) -> _Result:
-    """Run the job; an error that a worker has told ends it at once, without Spark's further attempts."""
+    """Run the job and take its result apart.
+
+    Raises: the error that a worker has told.
+    """
     tag = f"kindling-{secrets.token_hex(6)}"
-    desk.cancel = _cancel_by_tag(spark, tag, stack)
+    cancel = _cancel_by_tag(spark, tag, stack)
     try:
         with _bounded_arrow_batches(spark):
             rows = trained.collect()
     except KeyboardInterrupt:
-        desk.cancel()
+        cancel()
         raise
     except Exception as error:
         if desk.error is not None:
             raise desk.error from None
         ship.unwrap(error)
+    for row in rows:
+        if row["kind"] == "error":
+            raise from_text(bytes(row["data"]).decode()) or SessionError("a worker failed without saying why.")
     reports = {row["rank"]: json.loads(bytes(row["data"])) for row in rows if row["kind"] == "report"}
     if not reports:
         raise SessionError("the workers came back without a report. Was the job cancelled from outside?")

@@ -147,7 +147,7 @@ class Loop:
                 record["validation"] = self._validate(self.validation)
             history.append(record)
             step = epoch * plan.steps
-            self.hooks.on_event("epoch", step=step, epoch=epoch, **record)
+            self.hooks.on_event("epoch", **{**record, "step": step})
             if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
                 self.hooks.on_checkpoint(
                     step,
@@ -240,9 +240,11 @@ def compute_loss(
         value = loss(outputs, aligned(loss, outputs, targets))
     except KindlingError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever a user's net or loss function may raise
         shapes = {name: f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in batch.items()}
-        raise TrainingError(f"the net or its loss refused a batch: {error}. The batch was {shapes}.") from error
+        raise TrainingError(
+            f"the net or its loss refused a batch: {type(error).__name__}: {error}. The batch was {shapes}."
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TrainingError(f"the loss of a batch is {shape}, not one number. Average it in the loss function.")

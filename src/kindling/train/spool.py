@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kindling.errors import DataError, StorageError
+from kindling.errors import DataError, KindlingError, StorageError, to_wire
 from kindling.train.order import owner_of, shard_of
 
 if TYPE_CHECKING:
@@ -65,8 +65,18 @@ class PackSpec:
 def pack_rows(spec: PackSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Body of a packing task: rows in, blobs out. Columns read: the preparation's, HASH, and KEY for messages.
 
-    Raises: DataError, for a row that cannot be used, unless broken rows are to be dropped.
+    What cannot go on ends as a note to the workers, who all give it up: the task itself does not fail, so Spark does
+    not try again what would fail again.
     """
+    out = _Outbox(spec)
+    try:
+        yield from _pack(spec, batches, out)
+    except KindlingError as error:
+        out.note({"fatal": to_wire(error)})
+    yield from out.rest()
+
+
+def _pack(spec: PackSpec, batches: Iterator[pa.RecordBatch], out: _Outbox) -> Iterator[pa.RecordBatch]:
     from kindling.threads import settle
 
     settle(spec.threads)
@@ -77,7 +87,6 @@ def pack_rows(spec: PackSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
     target_columns = [name for step in preparation.targets for name in step.packed_spec()]
     waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
     waiting_rows = 0
-    out = _Outbox(spec)
     broken = 0
     examples: list[tuple[str, str]] = []
 
@@ -123,7 +132,6 @@ def pack_rows(spec: PackSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
     flush_waiting(everything=True)
     if broken:
         out.note({"broken": broken, "examples": examples})
-    yield from out.rest()
 
 
 def _open_engine(prefix: PrefixSpec, preparation: Any) -> Any:

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ class _Worker:
 
         self.spec, self.rank = spec, _rank()
         self.log: EventLog = EventLog(spec.run, self.rank, spec.listener)
+        self.met = False
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, int, bytes]]:
         from kindling.train.spool import Spool
@@ -95,12 +97,27 @@ class _Worker:
             self.log.emit("spooled", seconds=time.perf_counter() - began, bytes=spool.bytes)
             yield from self._train(spool)
         except KindlingError as error:
-            self.log.emit("error", wire=to_wire(error))
-            raise RuntimeError(to_wire(error)) from None
+            yield from self._give_up(to_wire(error))
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # Not a fault of the machine: it would happen again in every further attempt.
+            where = traceback.format_tb(error.__traceback__)[-1].strip()
+            wire = to_wire(TrainingError(f"worker {self.rank} failed: {type(error).__name__}: {error}\n{where}"))
+            yield from self._give_up(wire)
         finally:
             self.log.close()
             if spool is not None:
                 spool.close()
+
+    def _give_up(self, wire: str) -> Iterator[tuple[str, int, bytes]]:
+        """End for a reason that a further attempt cannot cure.
+
+        After the meeting every worker ends by itself and the reason is a row of the result: nothing is tried again. A
+        worker that fails before it must fail its task, so that Spark stops those that wait for it.
+        """
+        self.log.emit("error", wire=wire)
+        if not self.met:
+            raise RuntimeError(wire)
+        yield "error", 0, wire.encode()
 
     def _train(self, spool: Any) -> Iterator[tuple[str, int, bytes]]:
         import torch.distributed as dist
@@ -175,6 +192,10 @@ class _Worker:
             "attempt": attempt,
         }
         everyone = [json.loads(text) for text in context.allGather(json.dumps(mine))]
+        self.met = True
+        for note in (note for one in everyone for note in one["notes"]):
+            if "fatal" in note:
+                raise from_text(note["fatal"]) or DataError("a row could not be packed.")
         counts_V = np.sum([one["counts"] for one in everyone], axis=0)
         if not counts_V.sum():
             raise DataError("there is not one row to train on: the DataFrame is empty, or every row was broken.")

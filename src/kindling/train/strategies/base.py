@@ -6,8 +6,9 @@ the strategy's own state (tensors and JSON values, so that it checkpoints as dat
 
 from __future__ import annotations
 
+import json
 from abc import ABC
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,8 +47,36 @@ class Replica:
             value
             for parameter in self.parameters()
             for _, value in sorted(self.optimizer.state.get(parameter, {}).items())
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+            if _like(value, parameter)
         ]
+
+    def optimizer_layout(self) -> list[dict[str, float | None]]:
+        """For each parameter, what its optimizer state holds: None for a tensor of its shape, else a number."""
+        return [
+            {
+                name: None if _like(value, parameter) else float(value)
+                for name, value in sorted(self.optimizer.state.get(parameter, {}).items())
+                if _like(value, parameter)
+                or (isinstance(value, Tensor | int | float) and torch.as_tensor(value).dim() == 0)
+            }
+            for parameter in self.parameters()
+        ]
+
+    def fill_optimizer(self, layout: Sequence[Mapping[str, float | None]]) -> None:
+        """Give parameters without optimizer state zeros (and the counts of steps) in the layout of another worker's."""
+        for parameter, names in zip(self.parameters(), layout, strict=True):
+            if names and not self.optimizer.state.get(parameter):
+                for name, value in names.items():
+                    filled = torch.zeros_like(parameter.detach()) if value is None else torch.tensor(value)
+                    self.optimizer.state[parameter][name] = filled
+
+
+def _like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+
+
+def _is_number(value: Any) -> bool:
+    return value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, int | float)
 
 
 class Strategy(ABC):
@@ -120,3 +149,15 @@ def average_into(tensors: Sequence[Tensor], share: float, comms: Comms) -> None:
         # A worker that saw no row must not spoil the mean, not even with a number that is none.
         flat = torch.zeros_like(flat) if share == 0 else flat.mul_(share)
         unflatten_into(comms.all_reduce(flat), group)
+
+
+def average_optimizer(replica: Replica, share: float, comms: Comms) -> None:
+    """Average the optimizer's tensors; a worker that has none yet, for want of rows, takes part with zeros."""
+    if comms.world == 1:
+        return
+    text = json.dumps(replica.optimizer_layout()).encode()
+    words = np.frombuffer(text + b" " * (-len(text) % 8), np.int64)
+    layouts = [json.loads(part.tobytes()) for part in comms.gather(words)]
+    for layout in layouts:
+        replica.fill_optimizer(layout)
+    average_into(replica.optimizer_tensors(), share, comms)

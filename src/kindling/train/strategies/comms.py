@@ -41,7 +41,7 @@ class Comms(ABC):
         sizes[self.rank] = len(vector)
         self.all_reduce(sizes)
         table = torch.zeros((self.world, int(sizes.max())), dtype=torch.int64)
-        table[self.rank, : len(vector)] = torch.from_numpy(vector)
+        table[self.rank, : len(vector)] = torch.tensor(vector)
         self.all_reduce(table)
         return [row[:size].numpy() for row, size in zip(table, sizes.tolist(), strict=True)]
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from kindling.errors import ConfigError
-from kindling.train.strategies.base import Replica, State, Strategy, average_into
+from kindling.train.strategies.base import Replica, State, Strategy, average_into, average_optimizer
 from kindling.train.strategies.comms import Comms
 
 
@@ -56,5 +56,5 @@ class ParameterAveraging(Strategy):
             share = state["rows"] / state["all"]
             average_into([*replica.parameters(), *replica.statistics()], share, comms)
             if self.average_optimizer_state:
-                average_into(replica.optimizer_tensors(), share, comms)
+                average_optimizer(replica, share, comms)
         return {"steps": 0, "rows": 0, "all": 0}
