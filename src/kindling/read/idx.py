@@ -122,7 +122,7 @@ def read_array(path: str | PathLike[str], session: SparkSession | None = None, *
             raise FormatError(f"{path} is a damaged gzip file: {error}.") from error
 
 
-def _read(stream: IO[bytes], path: str, axes: tuple[int, ...]) -> np.ndarray:
+def _read(stream: IO[bytes] | gzip.GzipFile, path: str, axes: tuple[int, ...]) -> np.ndarray:
     head = stream.read(4)
     if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES:
         raise FormatError(f"{path} is no idx file: it begins with {head!r}, not with two zeros and a type code.")
