@@ -7,21 +7,26 @@ Also decides between bfloat16 and float32, and predicts plain Python lists. Know
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from kindling.errors import ConfigError, ModelError
-from kindling.prepare import Preparation
+from kindling.errors import ConfigError, DataError, ModelError
+from kindling.prepare import ImageStep, Preparation
 from kindling.signature import Signature
+
+if TYPE_CHECKING:
+    from kindling.model import Model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEAN_COSINE, LOW_COSINE = 0.9999, 0.9998
@@ -68,7 +73,7 @@ class Engine:
         self.signature = signature
         self.preparation = preparation
         self.dtype = PRECISIONS[precision]
-        self.batch_size = batch_size or net_batch(signature)
+        self.batch_size = batch_size or net_batch(signature, module)
         self.module = inference_copy(module, self.dtype)
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -113,8 +118,12 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     return whole
 
 
-def net_batch(signature: Signature) -> int:
+def net_batch(signature: Signature, module: nn.Module | None = None) -> int:
     """Rows per forward pass that suit the net: few where one row is large (a photo), many where it is small.
+
+    A batch's largest tensor should stay near the caches, and small beside the weights, which workers share while each
+    has activations of its own. With `module` every layer's output is looked at (a pass without numbers, on the meta
+    device), else only what goes in.
 
     >>> from kindling.signature import TensorSpec
     >>> net_batch(Signature({"image": TensorSpec(("N", 3, 224, 224))}, {}))
@@ -122,11 +131,45 @@ def net_batch(signature: Signature) -> int:
     >>> net_batch(Signature({"x": TensorSpec(("N", 20))}, {}))
     1024
     """
-    shapes = [[size if isinstance(size, int) else 64 for size in spec.shape[1:]] for spec in signature.inputs.values()]
-    numbers = sum(math.prod(shape) for shape in shapes)
-    # 16 photos of 224 x 224 x 3 keep a net's activations near the caches; measured best for VGG16 and SqueezeNet alike.
-    wanted = 16 * 3 * 224 * 224 // max(numbers, 1)
-    return 1 << max(3, min(10, wanted.bit_length() - 1))
+    inputs = [math.prod(_sizes(spec.shape)) for spec in signature.inputs.values()]
+    largest = max([*inputs, *(_activations(module, signature) if module is not None else [])], default=1)
+    # Without a look inside, count on layers that are several times as wide as the input.
+    wanted = _BATCH_NUMBERS // max(largest if module is not None else 6 * largest, 1)
+    return 1 << max(0, min(10, wanted.bit_length() - 1))
+
+
+_BATCH_NUMBERS = 1 << 24
+"""Numbers in the largest tensor of a forward pass, where the net allows."""
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    return [size if isinstance(size, int) else 64 for size in shape[1:]]
+
+
+def _activations(module: nn.Module, signature: Signature) -> list[int]:
+    """Numbers in each layer's output for one row; empty where the net does not run without numbers."""
+    seen: list[int] = []
+
+    def note(_layer: nn.Module, _inputs: object, output: object) -> None:
+        seen.extend(
+            t.numel() for t in (output if isinstance(output, tuple | list) else [output]) if isinstance(t, Tensor)
+        )
+
+    try:
+        with torch.inference_mode():
+            ghost = _copy(module, lambda _part, tensor: torch.empty_like(tensor, device="meta"))
+            for part in ghost.modules():
+                if not any(True for _ in part.children()):
+                    part.register_forward_hook(note)
+            ghost(
+                *(
+                    torch.empty((1, *_sizes(spec.shape)), dtype=getattr(torch, spec.dtype), device="meta")
+                    for spec in signature.inputs.values()
+                )
+            )
+    except Exception:  # data-dependent nets cannot run so; what was seen until then still bounds the batch
+        pass
+    return seen
 
 
 def inference_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -134,30 +177,45 @@ def inference_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Tensors that already fit are shared with `module`, so a module opened from a shipped file costs no memory.
     """
-    keep = {
-        id(t)
-        for part in module.modules()
-        if isinstance(part, nn.modules.batchnorm._NormBase)
-        for t in _own_tensors(part)
-    }
+
+    def convert(part: nn.Module, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        normalises = isinstance(part, nn.modules.batchnorm._NormBase)
+        value = tensor.to(torch.float32 if normalises else dtype)
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+    return _copy(module, convert)
+
+
+def _copy(module: nn.Module, convert: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    """A structural copy in inference mode whose parameters and buffers are made by `convert(their layer, tensor)`."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for tensor in _own_tensors(part):
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             if id(tensor) not in memo:
-                value = tensor.detach()
-                if value.is_floating_point():
-                    value = value.to(torch.float32 if id(tensor) in keep else dtype)
-                    if value.dim() == 4:
-                        value = value.contiguous(memory_format=torch.channels_last)
+                value = convert(part, tensor.detach())
                 memo[id(tensor)] = (
                     nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
                 )
     return copy.deepcopy(module, memo).eval()
 
 
-def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
-    yield from part.parameters(recurse=False)
-    yield from part.buffers(recurse=False)
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next batch, instead of fetching zeroed pages from the kernel every time.
+
+    A net's activations are the same size in every batch: fetching them anew costs VGG16 a fifth of its time. For
+    workers only; what is kept is bounded by the largest batch so far.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 # ------------------------------------------------------------------------------------------------------ precision
@@ -293,3 +351,137 @@ def pick_precision(
     if hardware is None:
         return decide(None, ())
     return decide(hardware, [compare(module, signature, preparation, sample_arrays, batch_size=batch_size)])
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` best classes of each row and their probabilities, best first; of equal scores the first class.
+
+    Args:
+        scores: logits, shape (N, classes), or (N,) or (N, 1) for two classes told apart by the sign.
+    Returns: classes int64 and probabilities float32, each of shape (N, min(k, classes)).
+
+    >>> classes, probabilities = top_k(np.float32([[0, 2, 1], [5, 5, 5]]), 2)
+    >>> classes.tolist(), probabilities.round(3).tolist()
+    ([[1, 2], [0, 1]], [[0.665..., 0.245...], [0.333..., 0.333...]])
+    """
+    if scores.ndim == 1 or scores.shape[1:] == (1,):
+        column = scores.reshape(-1, 1)
+        scores = np.concatenate([np.zeros_like(column), column], axis=1)
+    scores = np.where(np.isnan(scores), -np.inf, scores).astype(np.float64)
+    shifted = scores - np.maximum(scores.max(axis=1, keepdims=True, initial=-np.inf), np.finfo(np.float64).min)
+    weights = np.exp(shifted)
+    shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    classes = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return classes, np.take_along_axis(shares, classes, axis=1).astype(np.float32)
+
+
+def check_classifier(model: Model) -> None:
+    """Raises: ModelError, when the first output is not one score for each of the model's labels."""
+    name, spec = next(iter(model.signature.outputs.items()))
+    labels, row = len(model.labels or ()), spec.shape[1:]
+    if row != (labels,) and not (labels == 2 and row in ((), (1,))):
+        raise ModelError(
+            f"output {name!r} of model {model.name!r} gives {'x'.join(map(str, row)) or 'one number'} for a row, "
+            f"not one score for each of {labels} labels."
+        )
+
+
+def predict_list(
+    model: Model, items: Sequence[Any], *, top_k: int = 5, precision: str = "fp32", on_error: str = "keep"
+) -> list[dict[str, Any]]:
+    """The model's answers for plain Python things, in this process, without Spark.
+
+    Args:
+        items: for a model of one input, image file contents (bytes), paths, PIL images or uint8 arrays (RGB); numbers,
+            lists or arrays for other inputs. For any model, dicts of the columns it reads.
+        on_error: as in `predict` over a DataFrame; `"fail"` raises DataError at the first broken item.
+    Returns: one dict per item: `prediction`, `probability`, `top_k` (a list of dicts with `label` and `probability`)
+        and `error`, None for good items; without labels `prediction` is an array, or a dict of them by output.
+
+    >>> from kindling.model import Model
+    >>> net = nn.Linear(2, 2)
+    >>> _ = net.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+    >>> model = Model.of(net, column="x", shape=(2,), labels=["left", "right"])
+    >>> answer, broken = predict_list(model, [[0.0, 3.0], [1.0]], top_k=1)
+    >>> answer["prediction"], round(answer["probability"], 3), broken["error"]
+    ('right', 0.953, "column 'x' holds 1 numbers, not 2")
+    """
+    if top_k < 1:
+        raise ConfigError("top_k", top_k, "leaves no answer", "Use 1 or more")
+    if on_error not in ("keep", "drop", "fail"):
+        raise ConfigError("on_error", on_error, "is unknown", "Use 'keep', 'drop' or 'fail'")
+    if precision == "auto":
+        precision = "fp32"  # what is tried out on a DataFrame's first rows would cost more here than it saves
+    if model.labels is not None:
+        check_classifier(model)
+    if not items:
+        return []
+    arrays, errors = _pack_items(model.preparation, items)
+    if errors and on_error == "fail":
+        row, why = min(errors.items())
+        raise DataError(f"item {row} cannot be used: {why}.")
+    size = min(net_batch(model.signature, model.module), 1 << (len(items) - 1).bit_length())
+    results = Engine(model.module, model.signature, model.preparation, precision=precision, batch_size=size).run(arrays)
+    answers = iter(_answers(model, results, top_k))
+    nothing = dict.fromkeys(("prediction", "probability", "top_k") if model.labels is not None else ("prediction",))
+    whole = [
+        {**nothing, "error": errors[row]} if row in errors else {**next(answers), "error": None}
+        for row in range(len(items))
+    ]
+    return whole if on_error == "keep" else [answer for answer in whole if answer["error"] is None]
+
+
+def _answers(model: Model, results: Mapping[str, np.ndarray], k: int) -> list[dict[str, Any]]:
+    first = next(iter(results.values()))
+    labels = model.labels
+    if labels is None:
+        return [
+            {"prediction": first[row] if len(results) == 1 else {name: value[row] for name, value in results.items()}}
+            for row in range(len(first))
+        ]
+    return [
+        {
+            "prediction": labels[classes[0]],
+            "probability": float(shares[0]),
+            "top_k": [
+                {"label": labels[c], "probability": float(share)} for c, share in zip(classes, shares, strict=True)
+            ],
+        }
+        for classes, shares in zip(*top_k(first, k), strict=True)
+    ]
+
+
+def _pack_items(preparation: Preparation, items: Sequence[Any]) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    step = preparation.inputs[0]
+    if not all(isinstance(item, Mapping) for item in items):
+        if len(preparation.inputs) != 1:
+            names = ", ".join(preparation.columns(targets=False))
+            raise DataError(f"the model reads several columns ({names}): give each item as a dict of them.")
+        if isinstance(step, ImageStep):
+            return _decoded(step, [item[step.column] if isinstance(item, Mapping) else item for item in items])
+        items = [item if isinstance(item, Mapping) else {step.column: item} for item in items]
+    elif isinstance(step, ImageStep) and len(preparation.inputs) == 1:
+        return _decoded(step, [item.get(step.column) for item in items])
+    columns = {
+        name: pa.array([_plain(item.get(name)) for item in items]) for name in preparation.columns(targets=False)
+    }
+    packed = preparation.pack(pa.RecordBatch.from_pydict(columns), targets=False)
+    return dict(packed.arrays), dict(packed.errors)
+
+
+def _decoded(step: ImageStep, items: Sequence[Any]) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    good, errors = [], {}
+    for row, item in enumerate(items):
+        try:
+            good.append(step.decode_one(item))
+        except DataError as error:
+            errors[row] = str(error)
+    return {step.name: np.stack(good) if good else np.empty((0, *step.shape), np.uint8)}, errors
+
+
+def _plain(value: Any) -> Any:
+    """What Arrow takes: arrays and tensors as flat lists."""
+    return np.asarray(value).ravel().tolist() if hasattr(value, "__array__") else value
