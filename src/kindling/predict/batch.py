@@ -528,10 +528,13 @@ def predict(
     *,
     top_k: int = 5,
     on_error: str = "keep",
-    precision: str = "auto",
+    precision: str = "fp32",
     batch_size: int | None = None,
 ) -> DataFrame:
     """The model's answer for each row, lazily.
+
+    Args:
+        precision: `"fp32"`, so that answers are the same everywhere; `"auto"` takes bfloat16 where it is close enough.
 
     Returns: the columns of `df` but for the images, and
         for a model with labels: `prediction` string, `probability` float, `top_k` array<struct<label, probability>>,
@@ -568,7 +571,7 @@ def evaluate(
     *,
     loss: Callable[..., Any] | None = None,
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str = "fp32",
     on_error: str = "drop",
 ) -> Report:
     """How good the model is on these rows: exact, and the same under any partitioning.
@@ -576,6 +579,7 @@ def evaluate(
     Args:
         df: the columns that the model reads, and the target's.
         loss: any torch loss; None: cross entropy for labels, mean squared error for numbers.
+        precision: `"fp32"`; `"auto"` takes bfloat16 where it is close enough.
         on_error: `"drop"` leaves broken rows out of the figures, counts and lists them (`report.skipped`); `"fail"`
             raises.
     Raises: DataError, for missing columns, no usable rows, and broken rows with `on_error="fail"`; ConfigError, for a
