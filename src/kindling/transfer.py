@@ -122,11 +122,12 @@ def transfer(
             seed=seed,
         )
     with clock.phase("evaluate"):
-        reports = [head.evaluate(part, precision="fp32") if count else None for part, count in zip(parts, counts, strict=True)]
+        train, valid, test = (
+            head.evaluate(part, precision="fp32") if count else None for part, count in zip(parts, counts, strict=True)
+        )
     if cached is not None:
         cached.unpersist()
     model = trunk.freeze().then(head.module, labels=labels, name="classifier")
-    train, valid, test = reports
     assert train is not None
     assert test is not None
     model = dataclasses.replace(model, history=(*model.history, *head.history))
