@@ -121,6 +121,31 @@ def test_the_loaded_net_does_not_lean_on_the_file(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_weights_from_a_file_system_of_fsspec() -> None:
+    import fsspec
+    from safetensors.torch import save
+
+    state = torchvision_names("squeezenet1_1", squeezenet1_1(classes=4))
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/nets/squeeze.safetensors", save(state))
+    try:
+        parts = load_net("squeezenet1_1", "memory://nets/squeeze.safetensors")
+        with pytest.raises(
+            FormatError, match=r"memory://nets/squeeze.safetensors does not hold the weights of alexnet"
+        ):
+            load_net("alexnet", "memory://nets/squeeze.safetensors")
+    finally:
+        memory.rm("/nets/squeeze.safetensors")
+    assert parts.source["url"] == "memory://nets/squeeze.safetensors"
+    assert torch.equal(parts.module.conv10.bias, state["classifier.1.bias"])
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "the weights.safetensors"
+    save_file(torchvision_names("squeezenet1_1", squeezenet1_1(classes=4)), file)
+    assert load_net("squeezenet1_1", file.as_uri()).source["file"] == "the weights.safetensors"
+
+
 def test_a_net_with_classes_of_its_own_has_no_labels(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file(torchvision_names("squeezenet1_1", squeezenet1_1(classes=257)), file)
@@ -296,8 +321,8 @@ def test_the_real_mobilenet_file_knows_what_is_on_photos(data_dir: Path) -> None
     assert parts.source["layout"] == "tensorflow"
     assert parts.labels is not None
     assert parts.labels[:2] == ("background", "tench")
-    sample = photos(data_dir, 8)
-    assert len(sample) >= 40
+    sample = photos(data_dir, 6)
+    assert len(sample) >= 30
     scores = run(parts, [content for content, _ in sample])
     answers = [parts.labels[i] for i in scores.argmax(1).tolist()]
     right = [
@@ -312,12 +337,12 @@ def test_the_real_squeezenet_tells_classes_apart(data_dir: Path) -> None:
     parts = load_net("squeezenet1_1", data_dir / SQUEEZENET)
     features, classes = [], []
     for number, folder in enumerate(sorted(f for f in (data_dir / "caltech101_mini").iterdir() if f.is_dir())):
-        out = run(parts, [file.read_bytes() for file in sorted(folder.glob("*.jpg"))[:12]])
+        out = run(parts, [file.read_bytes() for file in sorted(folder.glob("*.jpg"))[:8]])
         features.append(torch.nn.functional.normalize(out.mean((2, 3)), dim=1))
-        classes += [number] * 6
-    means = torch.stack([rows[:6].mean(0) for rows in features])
+        classes += [number] * 4
+    means = torch.stack([rows[:4].mean(0) for rows in features])
     means = torch.nn.functional.normalize(means - means.mean(0), dim=1)
-    test = torch.cat([rows[6:] for rows in features])
+    test = torch.cat([rows[4:] for rows in features])
     found = (test @ means.T).argmax(1)
     accuracy = float((found == torch.tensor(classes)).float().mean())
     assert accuracy > 0.75, accuracy
