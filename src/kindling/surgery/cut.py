@@ -16,12 +16,12 @@ from kindling.surgery.net import (
     Chart,
     Inner,
     Net,
-    Part,
+    Vertex,
     ancestors,
     copy_nodes,
     fetch,
     install,
-    is_torch_leaf,
+    is_layer,
     merge_activations,
     node_kind,
     rebuild,
@@ -45,6 +45,7 @@ def until(module: nn.Module, names: Sequence[str], signature: Signature) -> tupl
 
     Raises: ModelError, for a name that is no layer, or a layer that does not give a tensor.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(flat=nn.Flatten(), fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> spec = Signature({"x": TensorSpec(("N", 4))}, {"scores": TensorSpec(("N", 2))})
     >>> cut, cut_spec = until(net, ["fc1"], spec)
@@ -61,57 +62,94 @@ def until(module: nn.Module, names: Sequence[str], signature: Signature) -> tupl
     for name in names:
         if name in inputs and name not in set(chart.names()):
             raise ModelError(f"{name!r} is an input of the model, not a layer: there is nothing to cut before it.")
-    found = [chart.find(name) for name in names]
+    found = [_inside(chart, chart.find(name)) for name in names]
     ends = [vertex.end for vertex in found if not isinstance(vertex, Inner)]
+    reached = ancestors(ends)
     kept = ancestors([*ends, *(vertex.part.node for vertex in found if isinstance(vertex, Inner))])
     root = twin(net)
 
-    # Untraceable parts that are cut inside: which of their layers are wanted, and whether their old stops still are.
-    wanted: dict[fx.Node, list[str]] = {}
-    reached = ancestors(ends)
-    for vertex in found:
-        if isinstance(vertex, Inner):
-            old = list(vertex.part.stops) if vertex.part.node in reached else []
-            stops = wanted.setdefault(vertex.part.node, old)
-            if vertex.stop not in stops:
-                stops.append(vertex.stop)
-    parts = {node: _recut(chart.parts[node], stops, net, signature) for node, stops in wanted.items()}
-    for node, opaque in parts.items():
-        install(root, str(node.target), opaque)
+    # Untraceable parts: which of their layers the kept nodes read, then which are asked for.
+    stops: dict[fx.Node, list[str]] = {}
+    for node in reached:
+        source = _output_of(chart, node)
+        if source is not None:
+            stops.setdefault(source.part.node, []).append(source.stop)
+    for node, part in chart.parts.items():
+        if node in stops:
+            stops[node].sort(key=part.stops.index)
+        for vertex in found:
+            if isinstance(vertex, Inner) and vertex.part.node is node and vertex.stop not in stops.get(node, []):
+                stops.setdefault(node, []).append(vertex.stop)
+        if node in kept and stops[node] != list(part.stops):
+            inner = cast(nn.Module, fetch(root, part.path))
+            install(root, str(node.target), Opaque(inner, part.prefix, tuple(stops[node])))
 
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
+    values: dict[tuple[fx.Node, str], fx.Node] = {}
     takes = {node: name for node, name in zip(chart.inputs, inputs, strict=True) if node in kept}
     for node in net.graph.nodes:
         if node not in kept:
             continue
+        source = _output_of(chart, node)
+        if source is not None and node not in chart.parts:
+            made[node] = values[source.part.node, source.stop]
+            continue
         copy_nodes(graph, [node], made)
-        if node in parts and node in reached and len(chart.parts[node].stops) == 1 and len(parts[node].stops) > 1:
-            made[node] = graph.call_function(operator.getitem, (made[node], 0))
-    results = []
-    for vertex in found:
-        if isinstance(vertex, Inner):
-            value = made[vertex.part.node]
-            stops = wanted[vertex.part.node]
-            if len(stops) > 1:
-                source = value.args[0] if value.target is operator.getitem else value
-                value = graph.call_function(operator.getitem, (source, stops.index(vertex.stop)))
-            results.append(value)
-        else:
-            results.append(made[vertex.end])
+        if node in chart.parts:
+            call, several = made[node], len(stops[node]) > 1
+            for place, stop in enumerate(stops[node]):
+                values[node, stop] = graph.call_function(operator.getitem, (call, place)) if several else call
+            if source is not None and source.stop in stops[node]:
+                made[node] = values[node, source.stop]
+    results = [values[v.part.node, v.stop] if isinstance(v, Inner) else made[v.end] for v in found]
     spec = Signature({name: signature.inputs[name] for name in takes.values()}, {}, {})
-    return _close(root, graph, results, list(names), net, spec)
+    made_net, made_spec = _close(root, graph, results, list(names), net, spec)
+    return _prune(made_net, made_spec), made_spec
 
 
-def _recut(part: Part, stops: list[str], net: Net, signature: Signature) -> Opaque:
-    shapes = shapes_of(net, signature)
-    inner = without_rest(part.module, tuple(stops), shapes.seen.get(part.node.name))
-    return Opaque(inner, part.prefix, tuple(stops))
+def _output_of(chart: Chart, node: fx.Node) -> Inner | None:
+    """The layer inside an untraceable part whose value a node is, if it is an output of such a part."""
+    if node in chart.parts:
+        part = chart.parts[node]
+        return Inner(part.outer(part.stops[0]), part, part.stops[0]) if len(part.stops) == 1 else None
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(source, fx.Node) and source in chart.parts:
+        part = chart.parts[source]
+        if len(part.stops) > 1:
+            stop = part.stops[cast(int, node.args[1])]
+            return Inner(part.outer(stop), part, stop)
+    return None
+
+
+def _inside(chart: Chart, vertex: Vertex | Inner) -> Vertex | Inner:
+    """A vertex that is nothing but an output of an untraceable part, as the layer inside."""
+    if isinstance(vertex, Inner) or vertex.end is not vertex.node:
+        return vertex
+    return _output_of(chart, vertex.node) or vertex
+
+
+def _prune(made: Net, signature: Signature) -> Net:
+    """Take out of untraceable parts what comes after their last stop, where the cut net still runs without it."""
+    parts = [part for part in Chart(made).parts.values() if part.stops != ("",)]
+    if not parts:
+        return made
+    seen = shapes_of(made, signature).seen
+    root = twin(made)
+    for part in parts:
+        inner = without_rest(part.module, part.stops, seen[part.node.name])
+        install(root, str(part.node.target), Opaque(inner, part.prefix, part.stops))
+    pruned = rebuild(root, made.graph, made.notes, made.training)
+    try:
+        shapes_of(pruned, signature)
+    except (ModelError, AttributeError):
+        return made  # it looks at layers that it does not run
+    return pruned
 
 
 def _close(
     root: nn.Module, graph: fx.Graph, results: list[fx.Node], names: list[str], net: Net, signature: Signature
-) -> tuple[nn.Module, Signature]:
+) -> tuple[Net, Signature]:
     """End a graph in its results, taking the first tensor where a layer gives several."""
     output = graph.output(results[0] if len(results) == 1 else tuple(results))
     made = rebuild(root, graph, net.notes, net.training)
@@ -120,7 +158,8 @@ def _close(
     if any(key is not None for key in firsts.values()):
         with graph.inserting_before(output):
             taken = [
-                node if firsts[node] is None else graph.call_function(operator.getitem, (node, firsts[node])) for node in results
+                node if firsts[node] is None else graph.call_function(operator.getitem, (node, firsts[node]))
+                for node in results
             ]
         output.args = (taken[0] if len(taken) == 1 else tuple(taken),)
         notes = {**net.notes, "merged": {**net.notes["merged"]}}
@@ -173,7 +212,8 @@ def then(
     tip = chart.output.args[0]
     if not isinstance(tip, fx.Node) or len(signature.outputs) != 1:
         raise ModelError(
-            f"the model has the outputs {list(signature.outputs)}; layers can follow one only. Cut at one layer with until() first."
+            f"the model has the outputs {list(signature.outputs)}; layers can follow one only. "
+            "Cut at one layer with until() first."
         )
     named = _named(layers, name, net, chart)
     root = twin(net)
@@ -200,7 +240,9 @@ def _named(
 
     def add(key: str | None, layer: Any) -> None:
         if not isinstance(layer, nn.Module):
-            raise ConfigError("layers", layer, "holds something that is no nn.Module", "Give modules such as nn.Linear(4096, 10)")
+            raise ConfigError(
+                "layers", layer, "holds something that is no nn.Module", "Give modules such as nn.Linear(4096, 10)"
+            )
         if key is None and type(layer) is nn.Sequential:
             for own, child in layer.named_children():
                 add(None if own.isdigit() else own, child)
@@ -221,24 +263,31 @@ def _named(
         flat[-1] = (name, flat[-1][1])
     made: list[tuple[str, nn.Module]] = []
     reserved = {key for key, _ in flat if key is not None}
-    for key, layer in flat:
-        if key is None:
-            kind, number = type(layer).__name__.lower().lstrip("_"), 1
-            while f"{kind}_{number}" in taken or f"{kind}_{number}" in reserved:
-                number += 1
-            key = f"{kind}_{number}"
-        elif not _NAME.fullmatch(key) or key in ("input", "output") or hasattr(fx.GraphModule, key.split(".")[0]):
-            raise ConfigError("name", key, "cannot name a layer", "Use letters, digits and '_', and no word of torch's such as 'train'")
-        elif any(key == other or other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in taken):
+    for given, layer in flat:
+        kind, number = type(layer).__name__.lower().lstrip("_"), 1
+        while f"{kind}_{number}" in taken | reserved:
+            number += 1
+        key = f"{kind}_{number}" if given is None else given
+        if not _NAME.fullmatch(key) or key in ("input", "output") or hasattr(fx.GraphModule, key.split(".")[0]):
+            advice = "Use letters, digits and '_', and no word of torch's such as 'train'"
+            raise ConfigError("name", key, "cannot name a layer", advice)
+        if any(key == other or other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in taken):
             raise ModelError(f"the model has a layer {key!r} already. Give the new one another name, or use replace.")
         taken.add(key)
         made.append((key, layer))
     return made
 
 
-def _put(root: nn.Module, graph: fx.Graph, name: str, layer: nn.Module, inputs: list[fx.Node], notes: dict[str, dict[str, str]]) -> fx.Node:
+def _put(
+    root: nn.Module,
+    graph: fx.Graph,
+    name: str,
+    layer: nn.Module,
+    inputs: list[fx.Node],
+    notes: dict[str, dict[str, str]],
+) -> fx.Node:
     """Add a layer to a graph under a name: one node for torch's own and for what cannot be traced, else its insides."""
-    inner = None if is_torch_leaf(layer) else trace(layer, len(inputs))
+    inner = None if is_layer(layer) else trace(layer, len(inputs))
     if inner is None:
         install(root, name, twin(layer))
         return graph.create_node("call_module", name, tuple(inputs), name=sanitize(name))
@@ -260,10 +309,16 @@ def _put(root: nn.Module, graph: fx.Graph, name: str, layer: nn.Module, inputs: 
             target = f"{name}.{target}"
             install(root, target, held)
         made[node] = graph.create_node(
-            node.op, target, cast("tuple[Any, ...]", args), cast("dict[str, Any]", kwargs), name=f"{sanitize(name)}_{node.name}"
+            node.op,
+            target,
+            cast("tuple[Any, ...]", args),
+            cast("dict[str, Any]", kwargs),
+            name=f"{sanitize(name)}_{node.name}",
         )
     if not isinstance(value, fx.Node):
-        raise ModelError(f"layer {name!r} ({type(layer).__name__}) returns several tensors. Append layers that return one.")
+        raise ModelError(
+            f"layer {name!r} ({type(layer).__name__}) returns several tensors. Append layers that return one."
+        )
     names = {node.name: made[node].name for node in made}
     notes["aliases"].update({f"{name}.{alias}": names[n] for alias, n in inner.notes["aliases"].items()})
     notes["merged"].update({names[a]: names[n] for a, n in inner.notes["merged"].items()})
@@ -280,6 +335,7 @@ def replace(module: nn.Module, signature: Signature, name: str, layer: nn.Module
 
     Raises: ModelError, for unknown names, containers, and shapes that do not fit what comes after.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> spec = Signature({"x": TensorSpec(("N", 4))}, {"scores": TensorSpec(("N", 2))})
     >>> replace(net, spec, "fc2", nn.Linear(3, 7))[1].outputs
@@ -297,7 +353,9 @@ def replace(module: nn.Module, signature: Signature, name: str, layer: nn.Module
         if stop:
             install(cast(nn.Module, fetch(root, part.path)), stop, twin(layer))
             made = rebuild(root, net.graph, net.notes, net.training)
-            return made, changed(signature, outputs=output_specs(made, shapes_of(made, signature), list(signature.outputs)))
+            return made, changed(
+                signature, outputs=output_specs(made, shapes_of(made, signature), list(signature.outputs))
+            )
     assert not isinstance(vertex, Inner)
     node = vertex.node
     if name != vertex.name:
@@ -310,14 +368,17 @@ def replace(module: nn.Module, signature: Signature, name: str, layer: nn.Module
     if node.op != "call_module":
         same = [node]
         if any(source.op == "get_attr" for source in node.all_input_nodes):
-            raise ModelError(f"{name!r} is a function ({node_kind(net, node)}) with weights of its own module's code; only modules and plain functions can be replaced.")
+            raise ModelError(
+                f"{name!r} is the function {node_kind(net, node)} with weights of the code around it; "
+                "only modules and functions without weights can be replaced."
+            )
     key = str(node.target) if node.op == "call_module" else node.name
     if node.op == "call_module":
         _remove(root, key)
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     notes = {kind: dict(value) for kind, value in net.notes.items()}
-    simple = is_torch_leaf(layer) or trace(layer, len(node.all_input_nodes)) is None
+    simple = is_layer(layer) or trace(layer, len(node.all_input_nodes)) is None
     for other in net.graph.nodes:
         if other in same:
             tensors = [new[source] for source in other.all_input_nodes if source.op != "get_attr"]

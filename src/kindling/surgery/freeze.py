@@ -30,6 +30,7 @@ from kindling.surgery.net import (
     rebuild,
     twin,
 )
+from kindling.surgery.opaque import CutAway
 from kindling.surgery.shapes import Shapes, shapes_of
 from kindling.surgery.trace import whole
 
@@ -40,9 +41,9 @@ _RANDOM_MODULES: tuple[type[nn.Module], ...] = (
     nn.FractionalMaxPool3d,
 )
 _RANDOM_NAMES = frozenset({
-    "alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout", "gumbel_softmax",
-    "multinomial", "normal", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "rrelu",
-    "scaled_dot_product_attention",
+    "alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
+    "gumbel_softmax", "multinomial", "normal", "poisson", "rand", "rand_like", "randint", "randint_like", "randn",
+    "randn_like", "randperm", "rrelu", "scaled_dot_product_attention",
 })  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def frozen_layers(module: nn.Module, until: str | None = None, signature: Signat
 
     Raises: ModelError, for a name that is no layer.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> sorted(frozen_layers(net)), sorted(frozen_layers(net, "act"))
     (['fc1', 'fc2'], ['fc1'])
@@ -94,7 +96,9 @@ def _layer_names(chart: Chart, nodes: Iterable[fx.Node]) -> set[str]:
     for node in nodes:
         if node in chart.parts:
             names |= set(chart.parts[node].inner_names())
-        elif node in chart.of and not (chart.of[node].node.target is operator.getitem and _in_part(chart, chart.of[node])):
+        elif node in chart.of and not (
+            chart.of[node].node.target is operator.getitem and _in_part(chart, chart.of[node])
+        ):
             names.add(chart.of[node].name)
     return names
 
@@ -109,18 +113,23 @@ def _is_frozen(chart: Chart, vertex: Vertex, frozen: frozenset[str]) -> bool:
     if vertex.node.op != "call_module":
         return False
     # A module that is called twice is frozen in both places or in none.
-    return any(v.node.op == "call_module" and v.node.target == vertex.node.target and v.name in frozen for v in chart.vertices.values())
+    return any(
+        v.node.op == "call_module" and v.node.target == vertex.node.target and v.name in frozen
+        for v in chart.vertices.values()
+    )
 
 
 def set_training(module: nn.Module, frozen: frozenset[str]) -> None:
     """Put a module into training mode, except its frozen layers: inference mode and no gradients. In place.
 
     Names that the module does not have (layers of a frozen front that was split off) are passed over. Parameters of
-    other layers keep the `requires_grad` they have.
+    other layers keep the `requires_grad` they have. In modules that cannot be traced, functional dropout follows the
+    module whose code it is in, which is frozen when all layers in it are.
 
     Raises: ModelError, where a frozen layer is functional dropout in the module's own code, which cannot be switched
         alone; `trace(module)` makes it a layer that can.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(2), drop=nn.Dropout(), fc=nn.Linear(2, 2)))
     >>> set_training(net, frozenset({"norm", "drop"}))
     >>> [m.training for m in net], [p.requires_grad for p in net.parameters()]
@@ -140,8 +149,8 @@ def set_training(module: nn.Module, frozen: frozenset[str]) -> None:
                 layer = fetch(module, str(node.target))
                 if not isinstance(layer, nn.Module):
                     raise ModelError(
-                        f"the frozen layer {vertex.name!r} is dropout in the code of {type(module).__name__}, which cannot be "
-                        "switched off alone. Train trace(module) instead, where it is a layer."
+                        f"the frozen layer {vertex.name!r} is dropout in the code of {type(module).__name__}, "
+                        "which cannot be switched off alone. Train trace(module) instead, where it is a layer."
                     )
                 layer.eval()
         for path in chart.tensors(vertex):
@@ -151,23 +160,32 @@ def set_training(module: nn.Module, frozen: frozenset[str]) -> None:
     for part in chart.parts.values():
         held = fetch(module, part.path) if same or part.prefix else module
         assert isinstance(held, nn.Module)
-        _freeze_inside(held, {name[len(part.prefix) + 1 :] if part.prefix and name != part.prefix else name for name in frozen}, part.outer("") in frozen)
+        _freeze_inside(
+            held,
+            {name[len(part.prefix) + 1 :] if part.prefix and name != part.prefix else name for name in frozen},
+            part.outer("") in frozen,
+        )
 
 
-def _freeze_inside(module: nn.Module, frozen: set[str], all_of_it: bool) -> None:
+def _freeze_inside(module: nn.Module, frozen: set[str], everything: bool) -> None:
     """Freeze layers of an untraceable module; a container all of whose layers are frozen goes with them."""
+    if everything:
+        module.eval().requires_grad_(False)
     for path, inside in module.named_modules():
-        below = [
-            f"{path}.{name}" if path else name
-            for name, child in inside.named_modules()
-            if name and (not any(True for _ in child.children()) or any(True for _ in child.parameters(recurse=False)))
-        ]
-        if all_of_it or path in frozen or (below and all(name in frozen for name in below)):
-            inside.training = False
-            for tensor in inside.parameters(recurse=False) if below and path not in frozen and not all_of_it else inside.parameters():
+        if path in frozen:
+            inside.eval().requires_grad_(False)
+    for path, inside in module.named_modules():
+        layers = [name for name, layer in inside.named_modules(prefix=path) if layer is not inside and _is_layer(layer)]
+        if layers and all(name in frozen for name in layers):
+            inside.training = False  # functional dropout in its code
+            for tensor in inside.parameters(recurse=False):
                 tensor.requires_grad_(False)
-            if path in frozen:
-                inside.eval()
+
+
+def _is_layer(module: nn.Module) -> bool:
+    if isinstance(module, CutAway):
+        return False
+    return not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
 
 
 @dataclass(frozen=True)
@@ -191,6 +209,7 @@ def split_frozen(module: nn.Module, signature: Signature, frozen: frozenset[str]
     read is in it; dropout only if it is frozen itself. Sizes that the rest needs of tensors in the front are constants
     or read from the boundary.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> spec = Signature({"x": TensorSpec(("N", 4))}, {"scores": TensorSpec(("N", 2))})
     >>> split = split_frozen(net, spec, frozenset({"fc1"}))
@@ -206,7 +225,9 @@ def split_frozen(module: nn.Module, signature: Signature, frozen: frozenset[str]
     shapes = shapes_of(net, signature)
     front = _front(chart, shapes, frozen)
     if not any(
-        (node in chart.parts or (node in chart.of and _counts(chart, chart.of[node], frozen))) for node in front if node.op != "placeholder"
+        (node in chart.parts or (node in chart.of and _counts(chart, chart.of[node], frozen)))
+        for node in front
+        if node.op != "placeholder"
     ):
         return None
     names = dict(zip((node.name for node in chart.inputs), signature.inputs, strict=True))
@@ -344,7 +365,9 @@ def _stays(chart: Chart, node: fx.Node, frozen: frozenset[str]) -> bool:
         if isinstance(module, _RANDOM_MODULES):
             return False
         return not any(True for _ in module.parameters()) and not any(True for _ in module.buffers())
-    if any(isinstance(fetch(chart.net, str(s.target)), nn.Parameter) for s in node.all_input_nodes if s.op == "get_attr"):
+    if any(
+        isinstance(fetch(chart.net, str(s.target)), nn.Parameter) for s in node.all_input_nodes if s.op == "get_attr"
+    ):
         return False
     return not _chance(node)
 
@@ -357,13 +380,17 @@ def _chance(node: fx.Node) -> bool:
     if node.target is F.scaled_dot_product_attention:
         return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
     if "dropout" in name or name == "rrelu":
-        return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else node.kwargs.get("train", True)) is not False
+        return (
+            node.kwargs.get("training", node.args[2] if len(node.args) > 2 else node.kwargs.get("train", True))
+            is not False
+        )
     return True
 
 
 def join(prefix: nn.Module, tail: nn.Module, split: Split) -> nn.Module:
     """The whole net again, with the weights that `prefix` and, above all, the trained `tail` have now.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> spec = Signature({"x": TensorSpec(("N", 4))}, {"scores": TensorSpec(("N", 2))})
     >>> split = split_frozen(net, spec, frozenset({"fc1"}))

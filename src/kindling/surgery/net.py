@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from kindling.errors import ModelError, did_you_mean
 
@@ -89,7 +90,7 @@ Record = tuple[str, str, Any, Any, Any]
 def _freeze(graph: fx.Graph) -> list[Record]:
     records = []
     for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), cast(Any, lambda n: _Ref(n.name)))
         target = node.target
         if node.op == "call_function" and id(target) in _functional_names():
             target = _Functional(_functional_names()[id(target)])
@@ -108,7 +109,9 @@ def _thaw(body: nn.Module, records: list[Record], notes: Mapping[str, Any]) -> N
         if isinstance(target, _Functional):
             target = getattr(F, target.name)
         args, kwargs = (fx.node.map_aggregate(part, back) for part in (args, kwargs))
-        nodes[name] = graph.create_node(op, target, cast("tuple[Any, ...]", args), cast("dict[str, Any]", kwargs), name=name)
+        nodes[name] = graph.create_node(
+            op, target, cast("tuple[Any, ...]", args), cast("dict[str, Any]", kwargs), name=name
+        )
     net = Net(body, graph, notes)
     net.training = body.training
     return net
@@ -122,7 +125,7 @@ def twin(module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t.det
     """
     memo: dict[int, Any] = {}
     for name, held in [*module.named_parameters(), *module.named_buffers()]:
-        if isinstance(held, nn.parameter.UninitializedTensorMixin):
+        if isinstance(held, UninitializedParameter | nn.UninitializedBuffer):
             raise ModelError(f"{name!r} has no shape yet (a lazy module). Run one batch through the module first.")
         if isinstance(held, nn.Parameter):
             memo[id(held)] = nn.Parameter(tensor(held), requires_grad=held.requires_grad)
@@ -132,8 +135,8 @@ def twin(module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t.det
         return copy.deepcopy(module, memo)
     except Exception as error:
         raise ModelError(
-            f"{type(module).__name__} cannot be copied: {error}. Keep locks, files and computed tensors out of modules: "
-            "they cannot travel to workers either."
+            f"{type(module).__name__} cannot be copied: {error}. Keep locks, files and computed tensors "
+            "out of modules: they cannot travel to workers either."
         ) from error
 
 
@@ -169,20 +172,22 @@ def fetch(root: nn.Module, path: str) -> nn.Module | Tensor | None:
 
 _ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
-    nn.LogSoftmax, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Softmax2d, nn.Softmin,
-    nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+    nn.LogSoftmax, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Softmax2d,
+    nn.Softmin, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
 _ACTIVATION_NAMES = frozenset({
-    "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "log_softmax",
-    "mish", "relu", "relu6", "rrelu", "selu", "silu", "sigmoid", "softmax", "softmin", "softplus", "softshrink", "softsign",
-    "tanh", "tanhshrink", "threshold",
+    "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid",
+    "log_softmax", "mish", "relu", "relu6", "rrelu", "selu", "silu", "sigmoid", "softmax", "softmin", "softplus",
+    "softshrink", "softsign", "tanh", "tanhshrink", "threshold",
 })  # fmt: skip
 _ACTIVATION_FUNCTIONS = frozenset(
     getattr(home, name) for home in (torch, F) for name in _ACTIVATION_NAMES if callable(getattr(home, name, None))
 )
 _TUPLE_MODULES: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.MultiheadAttention)
 _SCALAR_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
-_SCALAR_FUNCTIONS = frozenset({getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")})
+_SCALAR_FUNCTIONS = frozenset(
+    {getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")}
+)
 _AGAIN = re.compile(r"__call(\d+)(?:_\d+)?$")
 
 
@@ -192,8 +197,12 @@ def sanitize(path: str) -> str:
     return f"_{name}" if name[:1].isdigit() else name
 
 
-def is_torch_leaf(module: nn.Module) -> bool:
-    """Whether fx sees the module as one layer: torch's own, except Sequential."""
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is one layer: torch's own, except Sequential, and what `kindling.graph` allows besides."""
+    from kindling.graph import is_own_layer
+
+    if is_own_layer(module):
+        return True
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
 
 
@@ -255,8 +264,10 @@ class Part:
         for path, module in self.module.named_modules():
             if isinstance(module, CutAway):
                 continue
-            holds = any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
-            if holds or is_torch_leaf(module) or not any(True for _ in module.children()):
+            holds = any(True for _ in module.parameters(recurse=False)) or any(
+                True for _ in module.buffers(recurse=False)
+            )
+            if holds or is_layer(module) or not any(True for _ in module.children()):
                 if isinstance(module, nn.ModuleList | nn.ModuleDict):
                     continue
                 found[self.outer(path)] = module
@@ -273,7 +284,7 @@ def part_of(net: nn.Module, node: fx.Node) -> Part | None:
     module = fetch(net, target)
     if isinstance(module, Opaque):
         return Part(node, module.prefix, f"{target}.inner", module.inner, module.stops)
-    if isinstance(module, nn.Module) and not is_torch_leaf(module):
+    if isinstance(module, nn.Module) and not is_layer(module):
         return Part(node, target, target, module, ("",))
     return None
 
@@ -316,7 +327,9 @@ class Chart:
         self.output = next(node for node in net.graph.nodes if node.op == "output")
         ends = {main: act for act, main in net.notes["merged"].items()}
         # A module of one's own that computes by functions keeps its dotted name.
-        self._dotted = {n: a for a, n in net.notes["aliases"].items() if sanitize(a) == n and self.nodes[n].op != "call_module"}
+        self._dotted = {
+            n: a for a, n in net.notes["aliases"].items() if sanitize(a) == n and self.nodes[n].op != "call_module"
+        }
         for node in net.graph.nodes:
             if node.op not in ("call_module", "call_function", "call_method") or node in self.of or is_scalar(node):
                 continue
@@ -455,8 +468,8 @@ def merge_activations(net: nn.Module, graph: fx.Graph, among: set[fx.Node] | Non
 # ------------------------------------------------------------------------------------------------ writing in place
 
 _VIEWS = frozenset({
-    "chunk", "contiguous", "detach", "expand", "flatten", "getitem", "narrow", "permute", "reshape", "select", "split", "squeeze",
-    "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "chunk", "contiguous", "detach", "expand", "flatten", "getitem", "narrow", "permute", "reshape", "select", "split",
+    "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
 })  # fmt: skip
 _VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
@@ -483,7 +496,11 @@ def settle_inplace(net: fx.GraphModule) -> None:
         if isinstance(module, nn.Module) and getattr(module, "inplace", False) is True:
             written = node.args[0] if node.args else None
             chain = views_back(net, written) if isinstance(written, fx.Node) else []
-            alone = bool(chain) and all(len(n.users) == 1 for n in chain) and chain[-1].op not in ("placeholder", "get_attr")
+            alone = (
+                bool(chain)
+                and all(len(n.users) == 1 for n in chain)
+                and chain[-1].op not in ("placeholder", "get_attr")
+            )
             if not alone:
                 module.inplace = False  # type: ignore[assignment]
 
@@ -497,7 +514,10 @@ def rebuild(root: nn.Module, graph: fx.Graph, notes: Mapping[str, Any], training
 
 
 def copy_nodes(
-    graph: fx.Graph, nodes: Iterable[fx.Node], made: dict[fx.Node, fx.Node], lookup: Callable[[fx.Node], Any] | None = None
+    graph: fx.Graph,
+    nodes: Iterable[fx.Node],
+    made: dict[fx.Node, fx.Node],
+    lookup: Callable[[fx.Node], Any] | None = None,
 ) -> None:
     """Copy nodes into a graph under their names; `made` maps old to new and grows."""
 

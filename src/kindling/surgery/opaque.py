@@ -64,7 +64,9 @@ class Opaque(nn.Module):
                 handle.remove()
         missing = [stop for stop in self.stops if stop not in found]
         if missing:
-            raise ModelError(f"this batch did not pass through {', '.join(map(repr, missing))}, where the model was cut.")
+            raise ModelError(
+                f"this batch did not pass through {', '.join(map(repr, missing))}, where the model was cut."
+            )
         values = tuple(found[stop] for stop in self.stops)
         return values[0] if len(values) == 1 else values
 
@@ -87,29 +89,31 @@ def first_tensor(output: Any, name: str) -> Tensor:
     """The tensor a layer's name stands for: its output, or the first of several."""
     if isinstance(output, Tensor):
         return output
-    values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    values: Iterable[Any] = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    )
     for value in values:
         if isinstance(value, Tensor):
             return value
     raise ModelError(f"layer {name!r} returns {type(output).__name__}, not a tensor. Cut at a layer inside it.")
 
 
-def without_rest(inner: nn.Module, stops: tuple[str, ...], seen: Observation | None) -> nn.Module:
+def without_rest(inner: nn.Module, stops: tuple[str, ...], seen: Observation) -> nn.Module:
     """A twin of `inner` without the modules that come after the last stop.
 
-    Removed is only what is registered after the stops *and* was not touched in the observed run: control flow that
-    depends on the data may still take any branch before the cut.
+    Removed is only what is registered after the stops *and* was not touched in the observed run of the cut module:
+    control flow that depends on the data may still take any branch before the cut.
     """
     made = twin(inner)
-    if seen is None or "" in stops:
+    if "" in stops:
         return made
     order = {path: place for place, (path, _) in enumerate(made.named_modules())}
     last = max(order[stop] for stop in stops)
     for path, module in list(made.named_modules()):
         if order[path] <= last or any(path.startswith(f"{stop}.") for stop in stops):
             continue
-        inside = [path, *(f"{path}.{name}" for name, _ in module.named_modules() if name)]
-        tensors = [f"{path}.{name}" for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+        inside = [f"inner.{path}", *(f"inner.{path}.{name}" for name, _ in module.named_modules() if name)]
+        tensors = [f"inner.{path}.{name}" for name, _ in [*module.named_parameters(), *module.named_buffers()]]
         if not seen.called.isdisjoint(inside) or not seen.touched.isdisjoint(tensors):
             continue
         above, _, field = path.rpartition(".")

@@ -84,7 +84,9 @@ def _complaint(chart: Chart, node: fx.Node, args: Sequence[Any], error: Exceptio
     vertex = chart.of.get(node)
     name = vertex.name if vertex else node.name
     module = fetch(chart.net, str(node.target)) if node.op == "call_module" else None
-    sources = [(a, v) for a, v in zip(node.args, args, strict=False) if isinstance(a, fx.Node) and isinstance(v, Tensor)]
+    sources = [
+        (a, v) for a, v in zip(node.args, args, strict=False) if isinstance(a, fx.Node) and isinstance(v, Tensor)
+    ]
     given = [(chart.of[a].name if a in chart.of else a.name, tuple(v.shape[1:])) for a, v in sources]
     if isinstance(module, nn.Linear) and given and given[0][1]:
         source, shape = given[0]
@@ -100,7 +102,9 @@ def _complaint(chart: Chart, node: fx.Node, args: Sequence[Any], error: Exceptio
     if isinstance(module, nn.modules.conv._ConvNd) and given and given[0][1]:
         source, shape = given[0]
         if shape[0] != module.in_channels:
-            return f"layer {name!r} ({type(module).__name__}) takes {module.in_channels} channels, but {source!r} gives {shape} for each row."
+            kind = type(module).__name__
+            takes = f"layer {name!r} ({kind}) takes {module.in_channels} channels"
+            return f"{takes}, but {source!r} gives {shape} for each row."
     shapes = ", ".join(f"{shape} from {source!r}" for source, shape in given)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"layer {name!r} ({node_kind(chart.net, node)}) cannot take {shapes or 'its input'}: {reason}"
@@ -164,7 +168,10 @@ def shapes_of(net: Net, signature: Signature) -> Shapes:
 
     def merge(name: str, a: Any, b: Any) -> Any:
         if isinstance(a, Tensor):
-            shape = tuple(_symbol(name, axis, x, y, sizes, sizes2) for axis, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)))
+            shape = tuple(
+                _symbol(name, axis, x, y, sizes, sizes2)
+                for axis, (x, y) in enumerate(zip(a.shape, b.shape, strict=True))
+            )
             if sizes is sizes2 and a.dim() and a.shape[0] == sizes["N"]:
                 shape = ("N", *shape[1:])
             return TensorSpec(shape, str(a.dtype).removeprefix("torch."))
@@ -208,7 +215,7 @@ def _symbol(name: str, axis: int, a: int, b: int, sizes: Mapping[str, int], size
 
 
 def output_specs(net: Net, shapes: Shapes, names: Sequence[str]) -> dict[str, TensorSpec]:
-    """The specs of what the net returns, under the given names or, where their number differs, under names of its own."""
+    """The specs of what the net returns, under the given names or, where their number differs, under its own."""
     chart = Chart(net)
     result = chart.output.args[0]
     value = fx.node.map_arg(result, lambda node: shapes.values[node.name])

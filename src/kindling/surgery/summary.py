@@ -50,6 +50,7 @@ def layers(module: nn.Module, signature: Signature, frozen: frozenset[str] = fro
 
     Raises: ModelError, when the module cannot take what the signature says.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> spec = Signature({"x": TensorSpec(("N", 4))}, {"scores": TensorSpec(("N", 2))})
     >>> [(row.name, row.kind, row.activation, row.parameters, row.inputs) for row in layers(net, spec)]
@@ -91,11 +92,21 @@ def layers(module: nn.Module, signature: Signature, frozen: frozenset[str] = fro
             continue
         if vertex is None or node is not vertex.node:
             continue
-        if node.all_input_nodes and node.all_input_nodes[0] in chart.parts and vertex.name in {row.name for row in rows}:
+        if (
+            node.all_input_nodes
+            and node.all_input_nodes[0] in chart.parts
+            and vertex.name in {row.name for row in rows}
+        ):
             continue  # an output of an untraceable part, listed above
         module_ = fetch(net, str(node.target)) if node.op == "call_module" else None
         prefix = f"{node.target}." if module_ is not None else ""
-        weights = _new({key.removeprefix(prefix) if prefix else key.rpartition(".")[2]: t for key, t in chart.tensors(vertex).items()}, counted)
+        weights = _new(
+            {
+                key.removeprefix(prefix) if prefix else key.rpartition(".")[2]: t
+                for key, t in chart.tensors(vertex).items()
+            },
+            counted,
+        )
         spec_ = shapes.spec(vertex.end)
         rows.append(
             LayerInfo(
@@ -114,7 +125,12 @@ def layers(module: nn.Module, signature: Signature, frozen: frozenset[str] = fro
 
 
 def _inside(
-    name: str, module: nn.Module, inputs: tuple[str, ...], shape: tuple[int | str, ...] | None, counted: set[int], frozen: bool
+    name: str,
+    module: nn.Module,
+    inputs: tuple[str, ...],
+    shape: tuple[int | str, ...] | None,
+    counted: set[int],
+    frozen: bool,
 ) -> LayerInfo:
     weights = _new(dict(module.named_parameters()), counted)
     sizes = {key: tuple(t.shape) for key, t in weights.items()}
@@ -187,9 +203,15 @@ class Summary:
         heads = ("VertexName (VertexType)", "nIn,nOut", "TotalParams", "ParamsShape", "Vertex Inputs")
         table = [heads, *(_cells(row) for row in self.rows)]
         widths = [max(len(cells[k]) for cells in table) for k in range(len(heads))]
-        lines = ["   ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table]
+        lines = [
+            "   ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table
+        ]
         rule = "=" * (sum(widths) + 3 * (len(widths) - 1))
-        totals = [("Total Parameters:", self.total), ("Trainable Parameters:", self.trainable), ("Frozen Parameters:", self.frozen)]
+        totals = [
+            ("Total Parameters:", self.total),
+            ("Trainable Parameters:", self.trainable),
+            ("Frozen Parameters:", self.frozen),
+        ]
         if self.unused:
             totals.append(("Unused Parameters:", self.unused))
         foot = [f"{name:>25}  {number:,}" for name, number in totals]
@@ -213,12 +235,21 @@ def summary(
 ) -> Summary:
     """The model as a table: vertices, widths, parameters, their shapes, inputs; then total, trainable and frozen.
 
+    >>> from collections import OrderedDict
     >>> net = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 3), act=nn.ReLU(), fc2=nn.Linear(3, 2)))
     >>> spec = Signature({"x": TensorSpec(("N", 4))}, {"scores": TensorSpec(("N", 2))})
     >>> print(summary(net, spec, frozenset({"fc1"})))
-    ================================================================================================
-    VertexName (VertexType)   nIn,nOut   TotalParams   ParamsShape               Vertex Inputs
-    ...
+    =========================================================================================
+    VertexName (VertexType)   nIn,nOut   TotalParams   ParamsShape              Vertex Inputs
+    =========================================================================================
+    x (Input)                 -,-        -             -                        -
+    fc1 (Frozen Linear)       4,3        15            weight:{3,4}, bias:{3}   [x]
+    fc2 (Linear)              3,2        8             weight:{2,3}, bias:{2}   [fc1]
+    -----------------------------------------------------------------------------------------
+            Total Parameters:  23
+        Trainable Parameters:  8
+           Frozen Parameters:  15
+    =========================================================================================
     """
     rows = layers(module, signature, frozen)
     total = sum(row.parameters for row in rows)

@@ -24,7 +24,7 @@ from kindling.surgery.net import (
     ancestors,
     fetch,
     install,
-    is_torch_leaf,
+    is_layer,
     is_view,
     merge_activations,
     rebuild,
@@ -67,7 +67,7 @@ class _Tracer(fx.Tracer):
         self.scopes: dict[fx.Node, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or is_torch_leaf(m) or isinstance(m, Opaque)
+        return module_qualified_name in self.leaves or is_layer(m) or isinstance(m, Opaque)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -164,7 +164,9 @@ def _input_names(module: nn.Module, inputs: int | None) -> list[str]:
 def _trace_with(module: nn.Module, leaves: frozenset[str], inputs: int | None) -> Net:
     if "forward" in vars(module) or type(module).forward is nn.Module.forward:
         raise _Unfit("")
-    clash = [name for name in module._modules if hasattr(fx.GraphModule, name) or name in ("meta", "_graph", "_codegen")]
+    clash = [
+        name for name in module._modules if hasattr(fx.GraphModule, name) or name in ("meta", "_graph", "_codegen")
+    ]
     if clash:
         raise _Unfit("")  # a GraphModule has no room for a layer called "graph" or "code"
     root = twin(module)
@@ -238,7 +240,11 @@ def _written(root: nn.Module, node: fx.Node) -> fx.Node | None:
         writes = getattr(fetch(root, str(node.target)), "inplace", False) is True
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        writes = node.kwargs.get("inplace") is True or node.target in _INPLACE_OPERATORS or bool(re.fullmatch(r"[a-z]\w*[a-z0-9]_", name))
+        writes = (
+            node.kwargs.get("inplace") is True
+            or node.target in _INPLACE_OPERATORS
+            or bool(re.fullmatch(r"[a-z]\w*[a-z0-9]_", name))
+        )
     elif node.op == "call_method":
         writes = bool(re.fullmatch(r"[a-z]\w*[a-z0-9]_", str(node.target)))
     return node.args[0] if writes else None
@@ -260,7 +266,7 @@ def _out_of_place(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
 
 
 def _rewire_inplace(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, tuple[Any, dict[str, Any]]] | None:
-    """Let every reader after a write in place read the writer; None where memory is shared in ways that hide readers."""
+    """Let every reader after a write in place read the writer; None where shared memory may hide readers."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     changed = {}
     for node in list(graph.nodes):
@@ -333,7 +339,9 @@ def _canonical(
             op, target, args, kwargs = "call_module", name, (node.args[0] if node.args else kwargs["input"],), {}
         used.add(name)
         args, kwargs = (fx.node.map_arg(part, made.__getitem__) for part in (args, kwargs))
-        made[node] = made_graph.create_node(op, target, cast("tuple[Any, ...]", args), cast("dict[str, Any]", kwargs), name=name)
+        made[node] = made_graph.create_node(
+            op, target, cast("tuple[Any, ...]", args), cast("dict[str, Any]", kwargs), name=name
+        )
     aliases = {path: made[node].name for path, node in tracer.ends.items() if node in made}
     return made_graph, aliases
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kindling.nets import vision
 from kindling.signature import Signature, TensorSpec
 
 
@@ -20,25 +21,9 @@ def signature(inputs: dict[str, TensorSpec], **outputs: TensorSpec) -> Signature
     return Signature(inputs, outputs)
 
 
-def vgg16(device: str = "meta") -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    channels = 3
-    with torch.device(device):
-        for block, (convs, width) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)], 1):
-            for k in range(1, convs + 1):
-                layers[f"block{block}_conv{k}"] = nn.Conv2d(channels, width, 3, padding=1)
-                layers[f"block{block}_relu{k}"] = nn.ReLU(inplace=True)
-                channels = width
-            layers[f"block{block}_pool"] = nn.MaxPool2d(2)
-        layers["flatten"] = nn.Flatten()
-        layers["fc1"] = nn.Linear(25088, 4096)
-        layers["fc1_relu"] = nn.ReLU(inplace=True)
-        layers["fc1_dropout"] = nn.Dropout()
-        layers["fc2"] = nn.Linear(4096, 4096)
-        layers["fc2_relu"] = nn.ReLU(inplace=True)
-        layers["fc2_dropout"] = nn.Dropout()
-        layers["predictions"] = nn.Linear(4096, 1000)
-    return nn.Sequential(layers)
+def vgg16() -> nn.Sequential:
+    with torch.device("meta"):
+        return vision.vgg16()
 
 
 VGG16 = signature({"image": spec(3, 224, 224)}, scores=spec(1000))
@@ -183,7 +168,7 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.first(x))
-        x = x + (self.plus(x) if x.sum() > 0 else self.minus(x))
+        x = x + (self.plus(x) if x[0, 0] > 0 else self.minus(x))
         x = F.dropout(x, 0.5, training=self.training)
         x = self.head(self.body(x))
         return self.big(x)
@@ -223,7 +208,9 @@ def batch(sig: Signature, rows: int = 3, seed: int = 0) -> dict[str, Tensor]:
     made = {}
     for name, one in sig.inputs.items():
         shape = [rows, *(int(size) for size in one.shape[1:])]
-        made[name] = torch.randint(0, 11, shape, generator=rng) if one.dtype == "int64" else torch.randn(shape, generator=rng)
+        made[name] = (
+            torch.randint(0, 11, shape, generator=rng) if one.dtype == "int64" else torch.randn(shape, generator=rng)
+        )
     return made
 
 
