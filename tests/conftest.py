@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The session under test: `KINDLING_TEST_REMOTE` (Spark Connect) before `KINDLING_TEST_MASTER` (default local[2])."""
+    """The session under test: `KINDLING_TEST_REMOTE` (Spark Connect), else `KINDLING_TEST_MASTER`, else local[2]."""
     remote = os.environ.get("KINDLING_TEST_REMOTE")
     master = None if remote else os.environ.get("KINDLING_TEST_MASTER", "local[2]")
     scratch = tmp_path_factory.mktemp("spark")
@@ -47,7 +47,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data files: `KINDLING_DATA`, else `../shared/data` beside the repository; skips where absent."""
+    """The folder of real data: `KINDLING_DATA`, else `../shared/data` beside the repository; skips where absent."""
     folder = Path(os.environ.get("KINDLING_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; set KINDLING_DATA")

@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,8 @@ def active_session() -> Any | None:
     return None
 
 
-def find_java(oldest: int = OLDEST_JAVA) -> Path:
-    """Home folder of a Java of at least version `oldest`: JAVA_HOME's, else PATH's, else the first in the usual places.
+def find_java(oldest: int = OLDEST_JAVA, newest: int | None = None) -> Path:
+    """Home folder of a Java that is neither too old nor too new: JAVA_HOME's, else PATH's, else of the usual places.
 
     Raises: SessionError, in one sentence with the fix.
 
@@ -125,13 +126,15 @@ def find_java(oldest: int = OLDEST_JAVA) -> Path:
     seen: list[str] = []
     for home in _java_homes():
         version = _java_version(home)
-        if version is not None and version >= oldest:
+        if version is not None and oldest <= version <= (newest or version):
             return home
         seen.append(f"{home} is " + (f"Java {version}" if version else "no Java that runs"))
     found = f" (found: {'; '.join(seen[:4])})" if seen else ""
+    wanted = f"Java {oldest} to {newest}" if newest else f"Java {oldest} or newer"
     raise SessionError(
-        f"Spark needs Java {oldest} or newer, which is not on this machine{found}: install one (`apt install openjdk-17-jre-headless`, "
-        "`brew install openjdk@17`, `conda install openjdk=17`) or set JAVA_HOME to its folder."
+        f"Spark needs {wanted}, which is not on this machine{found}: install one "
+        "(`apt install openjdk-17-jre-headless`, `brew install openjdk@17` or `conda install openjdk=17`) "
+        "or set JAVA_HOME to its folder."
     )
 
 
@@ -215,19 +218,17 @@ def _classic(master: str | None, app: str, given: dict[str, str], version: tuple
     )
     options = _defaults(asked, version) | {"spark.app.name": app}
     options = {k: v for k, v in options.items() if k not in elsewhere} | given | {"spark.master": asked}
-    with _launching(asked):
+    with _launching(asked, version):
         builder = SparkSession.builder
         for key, value in options.items():
             builder = builder.config(key, value)
         try:
             session: SparkSession = builder.getOrCreate()
         except PySparkException as error:
-            raise SessionError(f"Spark could not be started with master {asked!r}: {_first_line(error)}.") from error
+            raise SessionError(f"Spark could not be started with master {asked!r}: {first_line(error)}.") from error
         except Exception as error:
             if type(error).__module__.startswith("py4j"):
-                raise SessionError(
-                    f"Spark could not be started with master {asked!r}: {_first_line(error)}."
-                ) from error
+                raise SessionError(f"Spark could not be started with master {asked!r}: {first_line(error)}.") from error
             raise
         finally:
             # The builder is one object for the whole process; what we put in would leak into later sessions.
@@ -272,11 +273,12 @@ def _driver_memory() -> str:
 
 
 @contextmanager
-def _launching(master: str) -> Iterator[None]:
+def _launching(master: str, version: tuple[int, int]) -> Iterator[None]:
     """The environment in which Spark's JVM starts; put back as it was afterwards."""
     changes: dict[str, str] = {}
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit has started the JVM already
-        home = find_java()
+        # Java 24 took away what the Hadoop client of older Sparks is built on.
+        home = find_java(newest=None if version >= (4, 1) else 23)
         if os.environ.get("JAVA_HOME") != str(home):
             _LOG.info("Spark runs on the Java in %s", home)
             changes["JAVA_HOME"] = str(home)
@@ -309,7 +311,7 @@ def _settings_elsewhere() -> dict[str, str]:
     found: dict[str, str] = {}
     files = []
     flags = {"--master": "spark.master", "--name": "spark.app.name", "--driver-memory": "spark.driver.memory"}
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in pairwise(arguments):
         if flag in ("--conf", "-c") and "=" in value:
             key, _, text = value.partition("=")
             found[key.strip()] = text
@@ -336,7 +338,8 @@ def _settings_elsewhere() -> dict[str, str]:
 def _connect(remote: str, app: str, given: dict[str, str], version: tuple[int, int]) -> SparkSession:
     if version < OLDEST_CONNECT:
         raise SessionError(
-            f"remote={remote!r} needs pyspark 4.0 or newer, this is {version[0]}.{version[1]}. Use master=... here, or: pip install -U 'pyspark[connect]'."
+            f"remote={remote!r} needs pyspark 4.0 or newer, this is {version[0]}.{version[1]}. "
+            "Use master=... here, or run: pip install -U 'pyspark[connect]'."
         )
     try:
         from pyspark.sql.connect.session import SparkSession as _  # noqa: F401
@@ -356,14 +359,14 @@ def _connect(remote: str, app: str, given: dict[str, str], version: tuple[int, i
     for key, value in options.items():
         builder = builder.config(key, value)
     try:
-        with _launching(remote) if _is_local(remote) else nullcontext(), warnings.catch_warnings():
+        with _launching(remote, version) if _is_local(remote) else nullcontext(), warnings.catch_warnings():
             # pyspark sets the server's own settings, which the server started with, once more as the client's.
             warnings.filterwarnings("ignore", "Failed to set spark")
             session: SparkSession = builder.getOrCreate()
     except SessionError:
         raise
     except Exception as error:
-        raise SessionError(f"no Spark Connect session with {remote!r}: {_first_line(error)}.") from error
+        raise SessionError(f"no Spark Connect session with {remote!r}: {first_line(error)}.") from error
     finally:
         for key in (*options, "spark.remote"):
             getattr(SparkSession.builder, "_options", {}).pop(key, None)
@@ -380,7 +383,8 @@ def _adopt(session: Any, master: str | None, remote: str | None, given: Mapping[
     asked = master or given.get("spark.master")
     if (asked is not None and asked != running) or (remote is not None and context is not None):
         raise SessionError(
-            f"a Spark session ({running}) runs in this process already, so {asked or remote!r} cannot be started beside it: "
+            f"a Spark session ({running}) runs in this process already, "
+            f"so {asked or remote!r} cannot be started beside it: "
             "call its stop() first, or leave the argument out to use it."
         )
     for key, value in given.items():
@@ -391,12 +395,20 @@ def _adopt(session: Any, master: str | None, remote: str | None, given: Mapping[
             continue
         if not session.conf.isModifiable(key):
             raise SessionError(
-                f"{key} is {now!r} in the Spark session that runs already and cannot become {value!r} now: stop() that session first, or leave it out."
+                f"{key} is {now!r} in the Spark session that runs already and cannot become {value!r} now: "
+                "stop() that session first, or leave the setting out."
             )
         session.conf.set(key, value)
     return session
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith("at ")]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+def first_line(error: BaseException) -> str:
+    """What a Spark exception says, without its Java stack trace.
+
+    >>> first_line(RuntimeError("An error occurred.\\n: java.io.IOException: no disk\\n\\tat java"))
+    'java.io.IOException: no disk'
+    """
+    lines = [line.strip().lstrip(": ") for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("at ")]
+    java = [line for line in lines if re.match(r"[\w.$]+(Exception|Error)\b", line)]
+    return (java or lines or [type(error).__name__])[0].rstrip(".")

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from kindling.errors import DataError, FormatError, StorageError
-from kindling.session import active_session
+from kindling.session import active_session, first_line
 from kindling.session import spark as start_session
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def idx(
         images: an idx file of uint8, (N, H, W) or (N, H, W, C): a local path, or a URL that Spark reads.
         labels: an idx file of N uint8 class numbers.
         spark: the session to use; None: the active one, else `kindling.spark()`.
-    Returns: columns `path` (string, a stable key like `train-images#00042`), `label` (string, null without `labels`) and
-        `content` (binary, H x W x C raw pixels: read them with `ImageStep(raw_shape=(H, W))`).
+    Returns: columns `path` (string, a stable key like `train-images#00042`), `label` (string, null without `labels`)
+        and `content` (binary, H x W x C raw pixels: read them with `ImageStep(raw_shape=(H, W))`).
     Raises: FormatError, for a file that is no such idx file, is cut short, holds other than uint8, or for images and
         labels of different number; DataError, for no images; StorageError, where a file cannot be read.
 
@@ -164,8 +164,7 @@ def _open(path: str | PathLike[str], session: SparkSession | None) -> IO[bytes]:
     try:
         rows = session.read.format("binaryFile").load(text).select("content").head(1)
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise StorageError(f"{text} cannot be read: {line}.") from error
+        raise StorageError(f"{text} cannot be read: {first_line(error)}.") from error
     if not rows:
         raise StorageError(f"there is no file {text}.")
     return io.BytesIO(rows[0]["content"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kindling.errors import ConfigError, DataError, StorageError
-from kindling.session import active_session
+from kindling.session import active_session, first_line
 from kindling.session import spark as start_session
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def images(
 ) -> DataFrame:
     """The files below one or several folders (globs, single files) as rows, unread until they are used.
 
-    Subfolders are read at any depth. Names are literal: spaces, unicode, `%`, `#`, `=` mean nothing special, and a local
-    folder that is really called `a[1]` is found. As everywhere in Spark, names that begin with `.` or `_` are skipped;
-    where photos on this machine are lost by that, a warning says how many. Files whose contents are no image are rows
-    too: their error shows where they are decoded (`on_error=` of the verbs).
+    Subfolders are read at any depth. Names are literal: spaces, unicode, `%`, `#`, `=` mean nothing special, and a
+    local folder that is really called `a[1]` is found. As everywhere in Spark, names that begin with `.` or `_` are
+    skipped; where photos on this machine are lost by that, a warning says how many. Files whose contents are no image
+    are rows too: their error shows where they are decoded (`on_error=` of the verbs).
 
     The rows' order is Spark's (by size within a partition): classes come mixed, and training does not depend on it.
     Batches on their way to Python are bounded by bytes: by Spark's own 64 MiB from Spark 4.1 on, before that by scan
@@ -125,7 +125,8 @@ def images(
     frame = frame.select(full.alias("path"), F.element_at(F.split(full, "/"), -2).alias("label"), "content")
     if n_files <= _LOOK_AT_NAMES and frame.select("path").limit(1).count() == 0:
         raise DataError(
-            f"{_shown(given)} holds {n_files} files, none of them an image by its name; skip=() reads them all the same."
+            f"{_shown(given)} holds {n_files} files, none of them an image by its name; "
+            "skip=() reads them all the same."
         )
     for one in given:
         _warn_of_hidden(one, session)
@@ -142,8 +143,8 @@ def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> t
     from pyspark.errors import AnalysisException
 
     reader = session.read.format("binaryFile").option("recursiveFileLookup", True)
-    # Given one path that is no folder, Spark looks for a streaming sink there and logs a stack trace that there is none;
-    # given two it does not. Files found twice count once.
+    # Given one path that is no folder, Spark looks for a streaming sink there and logs a stack trace that there is
+    # none; given two it does not. Files found twice count once.
     alone = len(paths) == 1 and (_GLOB.search(paths[0]) or (_local_path(paths[0]) and not os.path.exists(paths[0])))
     twice = paths * 2 if alone else paths
     try:
@@ -157,7 +158,7 @@ def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> t
             raise StorageError(f"there is nothing at {missing.group(1) if missing else _shown(given)}.") from None
         raise
     except Exception as error:
-        raise StorageError(f"{_shown(given)} cannot be listed: {_first_line(error)}.") from error
+        raise StorageError(f"{_shown(given)} cannot be listed: {first_line(error)}.") from error
     if n_files == 0:
         raise DataError(f"{_shown(given)} holds no files (names that begin with '.' or '_' are skipped).")
     return frame, n_files
@@ -166,12 +167,6 @@ def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> t
 def _shown(given: Sequence[object]) -> str:
     texts = [str(one) for one in given]
     return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    java = [line for line in lines if line.startswith(("java.", "org.apache")) and ": " in line]
-    return (java or lines or [type(error).__name__])[0].rstrip(".")
 
 
 # Paths
@@ -215,7 +210,8 @@ def _warn_of_hidden(path: str | PathLike[str], session: SparkSession) -> None:
     hidden = sum(1 for _ in _hidden_photos(local))
     if hidden:
         warnings.warn(
-            f"{hidden} photos in {path} are not read: Spark skips files and folders whose names begin with '_'. Rename them to read them.",
+            f"{hidden} photos in {path} are not read: Spark skips files and folders whose names begin with '_'. "
+            "Rename them to read them.",
             stacklevel=3,
         )
 

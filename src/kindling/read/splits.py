@@ -39,7 +39,7 @@ class Splits(tuple["DataFrame", ...]):
         return self
 
     def counts(self) -> dict[str, tuple[int, ...]]:
-        """Rows of each class (in the order of `labels`) on each side; the key is `""` where there is no label column."""
+        """Rows of each class, in the order of `labels`, on each side; the key is `""` where there is no label."""
         rows = self._sides.groupBy(_LABEL, _SIDE).count().collect()
         found: dict[str, list[int]] = {}
         for row in rows:
@@ -156,7 +156,7 @@ def _side(place: Column, cuts: Sequence[Column]) -> Column:
 
 
 def _stratified_side(df: DataFrame, place: Column, label: Column, shares: Sequence[float]) -> tuple[Column, DataFrame]:
-    """The side, and the frame it is a column of: each class is cut where its own rows, in hash order, reach the shares."""
+    """The side, and the frame it is a column of: each class is cut where its rows, in hash order, reach the shares."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
