@@ -133,10 +133,14 @@ class Model:
         from kindling import surgery
 
         if not names:
-            raise ConfigError("names", names, "names no layer to end at", f"Name one or more, as in until('fc2').{self._layers()}")
+            raise ConfigError(
+                "names", names, "names no layer to end at", f"Name one or more, as in until('fc2').{self._layers()}"
+            )
         module, signature = surgery.until(self.module, names, self.signature)
         kept = self.frozen & surgery.frozen_layers(module, None)
-        return replace(self, module=module, signature=signature, labels=None, frozen=kept, preparation=self._untargeted())
+        return replace(
+            self, module=module, signature=signature, labels=None, frozen=kept, preparation=self._untargeted()
+        )
 
     def freeze(self, until: str | None = None) -> Model:
         """Leave layers alone in training: no gradients, dropout off, batch statistics fixed.
@@ -191,7 +195,9 @@ class Model:
         from kindling import surgery
 
         module, signature = surgery.replace(self.module, self.signature, name, layer)
-        changed = {n: s.shape for n, s in signature.outputs.items()} != {n: s.shape for n, s in self.signature.outputs.items()}
+        changed = {n: s.shape for n, s in signature.outputs.items()} != {
+            n: s.shape for n, s in self.signature.outputs.items()
+        }
         return replace(
             self,
             module=module,
@@ -335,6 +341,8 @@ def load(
     source: str | Path,
     weights: str | Path | None = None,
     *,
+    layout: str | None = None,
+    cache: str | Path | None = None,
     classes: Sequence[type] = (),
     spark: SparkSession | None = None,
     progress: bool = True,
@@ -344,6 +352,8 @@ def load(
     Args:
         source: a net of kindling (`"vgg16"`), or the path of a bundle that `Model.save` wrote.
         weights: for a net by name: a file, a URL, or the name of published weights; None draws random ones.
+        layout: which of the net's layouts the file has, where it fits several (`kindling.nets.NETS[name].layouts`).
+        cache: folder for downloaded files; `KINDLING_CACHE`, else `~/.cache/kindling`, if None.
         classes: for a bundle of a module that is no graph: the classes it may be made of.
         spark: the session whose file systems to use for a remote path; the active one if None.
         progress: show a bar while weights are downloaded.
@@ -356,7 +366,7 @@ def load(
 
     name = str(source)
     if name in nets.NETS:
-        parts = nets.load_net(name, weights=str(weights) if weights is not None else None, progress=progress)
+        parts = nets.load_net(name, weights=weights, layout=layout, cache=cache, progress=progress)
         return Model(
             module=parts.module,
             signature=parts.signature,
@@ -366,7 +376,9 @@ def load(
             source=parts.source,
         )
     if weights is not None:
-        raise ConfigError("source", name, f"is no net that takes weights.{did_you_mean(name, nets.NETS)}", "Name one of them")
+        raise ConfigError(
+            "source", name, f"is no net that takes weights.{did_you_mean(name, nets.NETS)}", "Name one of them"
+        )
     if "/" not in name and not Path(name).exists():
         raise FormatError(f"{name!r} is neither a net of kindling nor a bundle on disk.{did_you_mean(name, nets.NETS)}")
     from kindling import bundle

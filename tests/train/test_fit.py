@@ -235,8 +235,8 @@ def test_frozen_layers_run_once_and_do_not_change(spark: Any, tmp_path: Path) ->
     df = frame(spark, blobs(200))
     Path(counter).write_text("")
     trained = fit(model, df, epochs=6, precision="fp32")
-    rows_run = sum(map(int, Path(counter).read_text().split()))
-    assert rows_run < 6 * 200  # once over the data (in padded batches), not once an epoch
+    calls = len(Path(counter).read_text().split())
+    assert 1 <= calls <= 6  # a batch or two for each of 3 partitions, where 6 epochs of 13 steps would be 78
     for name, value in trunk.module.state_dict().items():
         assert any(torch.equal(value, other) for other in trained.module.state_dict().values()), name
     assert trained.evaluate(df).accuracy > 0.8

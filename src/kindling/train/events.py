@@ -71,7 +71,7 @@ class Listener:
     def __init__(self, on_event: Callable[[Event], None], host: str = "127.0.0.1") -> None:
         self._on_event = on_event
         self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, threading.Thread] = {}
         self._server = socket.create_server((host, 0), backlog=128)
         self.address = ListenerAddress(host, self._server.getsockname()[1], secrets.token_hex(16))
         self._thread = threading.Thread(target=self._accept, name="kindling-listener", daemon=True)
@@ -86,10 +86,12 @@ class Listener:
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         with self._lock:
-            for connection in list(self._open):
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
+            readers = dict(self._open)
+        for connection in readers:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in (self._thread, *readers.values()):
+            thread.join(5)
 
     def _accept(self) -> None:
         while True:
@@ -97,9 +99,10 @@ class Listener:
                 connection, _ = self._server.accept()
             except OSError:
                 return
+            reader = threading.Thread(target=self._read, args=(connection,), name="kindling-events", daemon=True)
             with self._lock:
-                self._open.add(connection)
-            threading.Thread(target=self._read, args=(connection,), name="kindling-events", daemon=True).start()
+                self._open[connection] = reader
+            reader.start()
 
     def _read(self, connection: socket.socket) -> None:
         try:
@@ -118,7 +121,7 @@ class Listener:
             return
         finally:
             with self._lock:
-                self._open.discard(connection)
+                self._open.pop(connection, None)
 
 
 class EventLog:
