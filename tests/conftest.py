@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
+import pyspark.cloudpickle
 import pytest
 
 import kindling
@@ -74,6 +76,9 @@ def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test leaves the world as found: environment, working directory, threads, the repository's top folder."""
     if "spark" in request.fixturenames:
         request.getfixturevalue("spark")  # its own variables and threads are there before the first look
+        # Workers cannot import test modules: what a test sends them travels whole.
+        pyspark.cloudpickle.register_pickle_by_value(request.module)
+        cloudpickle.register_pickle_by_value(request.module)
     environment, folder, files = _environment(), Path.cwd(), set(os.listdir(ROOT))
     threads = {thread for thread in threading.enumerate() if not thread.daemon}
     yield
@@ -88,6 +93,9 @@ def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
     if new := set(os.listdir(ROOT)) - files - {".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}:
         left.append(f"files in the repository: {sorted(new)}")
     alive = [thread.name for thread in threading.enumerate() if not thread.daemon and thread not in threads]
+    if "spark" in request.fixturenames and "KINDLING_TEST_REMOTE" in os.environ:
+        # The Connect client starts its own when it is first used, and ends them with the session.
+        alive = [name for name in alive if not name.startswith("ThreadPoolExecutor")]
     if alive:
         left.append(f"threads: {alive}")
     os.environ.update(environment)
