@@ -720,7 +720,7 @@ def build_layer(name: Any, args: Any, where: str = "layer") -> nn.Module:
         if key not in known:
             raise FormatError(f"{where} ({name}) has no argument {key[:80]!r}.{did_you_mean(key[:80], known)}")
         values[key] = _argument(value, f"argument {key!r} of {where} ({name})")
-        if not _fits(values[key], hints.get(key, Any)):
+        if not fits(values[key], hints.get(key, Any)):
             raise FormatError(f"argument {key!r} of {where} ({name}) is {_seen(value)}, which does not fit.")
     if values.get("num_layers", 0) > _LOOP_LIMIT:
         raise FormatError(
@@ -749,11 +749,11 @@ def _argument(value: Any, what: str, depth: int = 0) -> Any:
     raise FormatError(f"{what} is {_seen(value)}, which no layer takes.")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a plain value fits a type annotation; annotations that say nothing about plain values accept it."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
+        return any(fits(value, part) for part in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if origin in (tuple, list) or hint in (tuple, list, torch.Size):
@@ -763,8 +763,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if not parts:
             return True
         if origin is list or parts[-1] is Ellipsis:
-            return all(_fits(part, parts[0]) for part in value)
-        return len(value) == len(parts) and all(map(_fits, value, parts))
+            return all(fits(part, parts[0]) for part in value)
+        return len(value) == len(parts) and all(map(fits, value, parts))
     if hint in (None, type(None)):
         return value is None
     if hint is bool:
