@@ -113,7 +113,7 @@ def test_tied_shared_and_strided_tensors_come_back(tmp_path: Path) -> None:
             self.decode.weight = self.encode.weight
             both = torch.randn(8, 4)
             self.one, self.two = nn.Parameter(both[:4]), nn.Parameter(both[4:])
-            self.turned = nn.Parameter(torch.randn(4, 4).t())
+            self.turned = nn.Parameter(torch.eye(4)[[1, 0, 3, 2]].t())
             self.small = nn.Parameter(torch.randn(4).half(), requires_grad=False)
 
         def forward(self, x: Tensor) -> Tensor:
