@@ -107,7 +107,8 @@ def _in_part(chart: Chart, vertex: Vertex) -> bool:
     return bool(vertex.node.args) and vertex.node.args[0] in chart.parts
 
 
-def _is_frozen(chart: Chart, vertex: Vertex, frozen: frozenset[str]) -> bool:
+def is_frozen(chart: Chart, vertex: Vertex, frozen: frozenset[str]) -> bool:
+    """Whether a vertex is named as frozen, or shares its module with one that is."""
     if vertex.name in frozen:
         return True
     if vertex.node.op != "call_module":
@@ -142,7 +143,7 @@ def set_training(module: nn.Module, frozen: frozenset[str]) -> None:
     chart = Chart(net)
     same = isinstance(module, fx.GraphModule)
     for vertex in chart.vertices.values():
-        if vertex.node in chart.parts or not _is_frozen(chart, vertex, frozen):
+        if vertex.node in chart.parts or not is_frozen(chart, vertex, frozen):
             continue
         for node in vertex.nodes:
             if node.op == "call_module":
@@ -294,7 +295,7 @@ def _title(chart: Chart, node: fx.Node) -> str:
 
 def _counts(chart: Chart, vertex: Vertex, frozen: frozenset[str]) -> bool:
     """Frozen, and worth computing once."""
-    if not _is_frozen(chart, vertex, frozen):
+    if not is_frozen(chart, vertex, frozen):
         return False
     module = fetch(chart.net, str(vertex.node.target)) if vertex.node.op == "call_module" else None
     return bool(chart.tensors(vertex)) or (isinstance(module, nn.Module) and any(True for _ in module.buffers()))
@@ -357,7 +358,7 @@ def _stays(chart: Chart, node: fx.Node, frozen: frozenset[str]) -> bool:
     if node in chart.parts:
         return _part_frozen(chart, node, frozen)
     vertex = chart.of.get(node)
-    if vertex is not None and _is_frozen(chart, vertex, frozen):
+    if vertex is not None and is_frozen(chart, vertex, frozen):
         return node.op == "call_module" or not _chance(node)
     if node.op == "call_module":
         module = fetch(chart.net, str(node.target))

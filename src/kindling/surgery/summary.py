@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from kindling.signature import Signature, TensorSpec
+from kindling.surgery.freeze import is_frozen
 from kindling.surgery.net import Chart, Vertex, fetch, node_kind
 from kindling.surgery.shapes import row_shape, shapes_of
 from kindling.surgery.trace import whole
@@ -56,8 +57,13 @@ def layers(module: nn.Module, signature: Signature, frozen: frozenset[str] = fro
     >>> [(row.name, row.kind, row.activation, row.parameters, row.inputs) for row in layers(net, spec)]
     [('x', 'Input', None, 0, ()), ('fc1', 'Linear', 'ReLU', 15, ('x',)), ('fc2', 'Linear', None, 8, ('fc1',))]
     """
-    from kindling.surgery.freeze import _is_frozen
+    return table(module, signature, frozen)[0]
 
+
+def table(
+    module: nn.Module, signature: Signature, frozen: frozenset[str] = frozenset()
+) -> tuple[tuple[LayerInfo, ...], dict[str, tuple[str, ...]]]:
+    """The rows of `layers`, and for each output of the signature the vertices that give it."""
     net = whole(module, len(signature.inputs))
     shapes = shapes_of(net, signature)
     chart = Chart(net)
@@ -86,9 +92,8 @@ def layers(module: nn.Module, signature: Signature, frozen: frozenset[str] = fro
                 rows.append(_inside(row.path, own[row.path], names, shape, counted, row.path in frozen))
             # Ways that the trial did not take; other batches may.
             rows += [_inside(path, own[path], (), None, counted, path in frozen) for path in own if path not in ran]
-            ends = tuple(end for end in seen.ends if not end.startswith("<"))
             if vertex is not None:
-                last[vertex.name] = ends
+                last[vertex.name] = tuple(end for end in seen.ends if not end.startswith("<"))
             continue
         if vertex is None or node is not vertex.node:
             continue
@@ -118,10 +123,18 @@ def layers(module: nn.Module, signature: Signature, frozen: frozenset[str] = fro
                 sources(chart.sources(vertex)),
                 None if spec_ is None else row_shape(spec_),
                 _activation(chart, vertex),
-                _is_frozen(chart, vertex, frozen),
+                is_frozen(chart, vertex, frozen),
             )
         )
-    return tuple(rows)
+    result = chart.output.args[0]
+    if isinstance(result, Mapping) and all(name in result for name in signature.outputs):
+        result = [result[name] for name in signature.outputs]
+    items = list(result) if isinstance(result, tuple | list) else [result]
+    ends = {
+        name: sources(_reads(chart, node)) if isinstance(node, fx.Node) else ()
+        for name, node in zip(signature.outputs, items, strict=False)
+    }
+    return tuple(rows), ends
 
 
 def _inside(
