@@ -82,7 +82,7 @@ def _refuse_to_replace(out: str, overwrite: bool) -> None:
         raise kd.errors.StorageError(f"{out} is there already. Add --overwrite to replace it, or choose another --out.")
 
 
-def _labelled(net: kd.Model, labels: tuple[str, ...] | None) -> kd.Model:
+def _labelled(net: kd.Model, labels: tuple[str, ...] | None, seed: int) -> kd.Model:
     """A net without labels gets those of the data, and a last layer of the right width if it needs one.
 
     Raises: ModelError, when the net does not end in a Linear layer.
@@ -94,6 +94,8 @@ def _labelled(net: kd.Model, labels: tuple[str, ...] | None) -> kd.Model:
         return net.with_labels(labels)
     from torch import nn
 
+    from kindling.transfer import seeded
+
     last = dict(net.module.named_modules()).get(output)
     if not isinstance(last, nn.Linear):
         raise kd.errors.ModelError(
@@ -101,7 +103,8 @@ def _labelled(net: kd.Model, labels: tuple[str, ...] | None) -> kd.Model:
             "Use `kindling transfer`, or --model module:function with a net made for these labels."
         )
     say(f"new last layer {output!r}: {len(labels)} labels")
-    return net.replace_layer(output, nn.Linear(last.in_features, len(labels))).with_labels(labels)
+    with seeded(seed):
+        return net.replace_layer(output, nn.Linear(last.in_features, len(labels))).with_labels(labels)
 
 
 def _keep_report(report: kd.Report, file: Path | None, plot: Path | None, data: dict[str, Any]) -> None:
@@ -202,8 +205,8 @@ def fit(
         with clock.phase("read"):
             rows = o.rows_of(spark, data)
             labels = kd.labels(rows, target) if target in rows.columns else None
-            net = o.open_model(model, weights, labels=labels, classes=classes, spark=spark)
-            net = _labelled(net, labels)
+            net = o.open_model(model, weights, labels=labels, classes=classes, seed=seed, spark=spark)
+            net = _labelled(net, labels, seed)
             net = net.freeze(until=freeze) if freeze else net
         with clock.phase("train"):
             net = net.fit(
@@ -233,7 +236,7 @@ def evaluate(
     data: o.Data,
     model: o.ModelName,
     weights: o.Weights = None,
-    precision: o.Precision = "auto",
+    precision: o.Precision = "fp32",
     batch_size: o.ForwardBatch = None,
     report: o.ReportFile = None,
     plot: o.PlotFile = None,
@@ -267,7 +270,7 @@ def predict(
     top_k: Annotated[int, o.option(o.OUTPUT, "Best classes given for each row.", min=1)] = 5,
     limit: Annotated[int, o.option(o.OUTPUT, "Rows shown where there is no --out.", min=1)] = 20,
     on_error: o.OnError = "keep",
-    precision: o.Precision = "auto",
+    precision: o.Precision = "fp32",
     overwrite: o.Overwrite = False,
     classes: o.Classes = None,
     master: o.Master = None,
@@ -387,7 +390,7 @@ def transfer(
         with clock.phase("start Spark"):
             spark = _spark(master, remote, spark_log)
         with clock.phase("load the net"):
-            net = o.open_model(model, weights, classes=classes, spark=spark)
+            net = o.open_model(model, weights, classes=classes, seed=seed, spark=spark)
             net = net.until(*until) if until else net
         done = run(
             o.rows_of(spark, data),

@@ -119,7 +119,7 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
             lenet = kd.load("lenet").until("fc1").then(nn.Linear(500, 5), labels=kd.labels(train), name="predictions")
         lenet = lenet.fit(train, epochs=6, batch_size=16, optimizer=sgd, strategy=averaging, workers=2, seed=SEED)
     with clock.phase("evaluate on 0-4"):
-        first = lenet.evaluate(test, precision="fp32")
+        first = lenet.evaluate(test)
         say(f"accuracy on {first.rows} other pictures of 0-4: {first.accuracy:.4f}")
     lenet.save(folder / "lenet-0-4")
 
@@ -144,8 +144,8 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
             whole = kd.load("lenet").until("fc1").then(nn.Linear(500, 5), labels=labels, name="predictions")
         whole = whole.fit(high.where(high.path.isin(paths)), optimizer=slow, **settings)
     with clock.phase("evaluate both on 5-9"):
-        with_head = head.evaluate(rest, precision="fp32")
-        from_scratch = whole.evaluate(high.where(~high.path.isin(paths)), precision="fp32")
+        with_head = head.evaluate(rest)
+        from_scratch = whole.evaluate(high.where(~high.path.isin(paths)))
 
     with clock.phase("save, reload, classify one file"):
         trunk.then(head.module, labels=labels, name="predictions").save(folder / "model")

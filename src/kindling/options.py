@@ -133,6 +133,7 @@ def open_model(
     *,
     labels: tuple[str, ...] | None = None,
     classes: list[str] | None = None,
+    seed: int = 0,
     spark: Any = None,
 ) -> kd.Model:
     """The model that `--model` names: a shipped net, a saved model, or what a function returns.
@@ -140,10 +141,15 @@ def open_model(
     Args:
         labels: class names of the data at hand, handed to the function if it takes an argument.
         classes: `module:class` references for saved models that need the user's code.
+        seed: of the weights of a net that is given none; torch's own generator is left as it was.
     Raises: ConfigError, FormatError, StorageError; TypeError passes through from the user's function.
     """
+    from kindling.transfer import seeded
+
     if not _REFERENCE.fullmatch(name):
-        return kd.load(name, weights=weights, classes=[named(reference) for reference in classes or ()], spark=spark)
+        known = [named(reference) for reference in classes or ()]
+        with seeded(seed):
+            return kd.load(name, weights=weights, classes=known, spark=spark)
     if weights is not None:
         raise typer.BadParameter("--weights is for shipped nets; let the function read its own")
     build: Callable[..., Any] = named(name)
@@ -153,7 +159,8 @@ def open_model(
         raise kd.errors.ConfigError(
             "model", name, f"takes {needs[0].name!r}, and this command has no labels", "Give it a default"
         )
-    model = build(labels) if takes and labels is not None else build()
+    with seeded(seed):
+        model = build(labels) if takes and labels is not None else build()
     if not isinstance(model, kd.Model):
         raise kd.errors.ConfigError(
             "model", name, f"returned a {type(model).__name__}", "Return kindling.Model.of(...)"

@@ -122,9 +122,7 @@ def transfer(
             seed=seed,
         )
     with clock.phase("evaluate"):
-        train, valid, test = (
-            head.evaluate(part, precision="fp32") if count else None for part, count in zip(parts, counts, strict=True)
-        )
+        train, valid, test = (head.evaluate(part) if count else None for part, count in zip(parts, counts, strict=True))
     if cached is not None:
         cached.unpersist()
     model = trunk.freeze().then(head.module, labels=labels, name="classifier")
