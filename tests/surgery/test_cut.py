@@ -320,6 +320,29 @@ def test_then_wants_one_output() -> None:
         surgery.then(zoo.Fire(), zoo.FIRE, nn.Linear(3, 2))
 
 
+def test_then_follows_the_one_output_that_the_signature_names() -> None:
+    fire = zoo.warmed(zoo.Fire)
+    inputs = zoo.batch(zoo.FIRE)
+    head = nn.Linear(2, 4)
+    one = Signature(zoo.FIRE.inputs, {"side": zoo.FIRE.outputs["side"]})
+    longer, signature = surgery.then(fire, one, head)
+    torch.testing.assert_close(signature.call(longer, inputs)["linear_1"], head(fire(*inputs.values())["side"]))
+    assert not [key for key in longer.state_dict() if key.startswith("scores")]
+
+    class InDict(zoo.Routed):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"extra": x, "out": super().forward(x)}
+
+    routed = zoo.warmed(InDict)
+    head = nn.Linear(5000, 4)
+    longer, signature = surgery.then(routed, zoo.ROUTED, head)
+    inputs = zoo.batch(zoo.ROUTED)
+    torch.testing.assert_close(signature.call(longer, inputs)["linear_1"], head(routed(*inputs.values())["out"]))
+    split = surgery.split_frozen(longer, signature, surgery.frozen_layers(routed))
+    assert split is not None
+    assert list(split.tail.state_dict()) == ["linear_1.weight", "linear_1.bias"]
+
+
 def test_what_a_name_means_does_not_change_by_what_follows() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -29,7 +29,7 @@ from kindling.surgery.net import (
     twin,
 )
 from kindling.surgery.opaque import Opaque, without_rest
-from kindling.surgery.shapes import Shapes, output_specs, shapes_of
+from kindling.surgery.shapes import output_specs, shapes_of
 from kindling.surgery.trace import trace, whole
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -154,7 +154,7 @@ def _close(
     output = graph.output(results[0] if len(results) == 1 else tuple(results))
     made = rebuild(root, graph, net.notes, net.training)
     shapes = shapes_of(made, signature)
-    firsts = {node: _first(shapes, node, name) for node, name in zip(results, names, strict=True)}
+    firsts = {node: _first(shapes.values[node.name], name) for node, name in zip(results, names, strict=True)}
     if any(key is not None for key in firsts.values()):
         with graph.inserting_before(output):
             taken = [
@@ -171,8 +171,8 @@ def _close(
     return made, changed(signature, outputs=output_specs(made, shapes, names))
 
 
-def _first(shapes: Shapes, node: fx.Node, name: str) -> int | str | None:
-    value = shapes.values[node.name]
+def _first(value: Any, name: str) -> int | str | None:
+    """Where the first tensor is in what a layer gives; None where that is one tensor."""
     if isinstance(value, TensorSpec):
         return None
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple | list) else ()
@@ -210,6 +210,11 @@ def then(
     net = whole(module, len(signature.inputs))
     chart = Chart(net)
     tip = chart.output.args[0]
+    output = next(iter(signature.outputs), "")
+    if isinstance(tip, Mapping) and output in tip:
+        tip = tip[output]
+    elif isinstance(tip, tuple | list) and len(tip) == 1:
+        tip = tip[0]
     if not isinstance(tip, fx.Node) or len(signature.outputs) != 1:
         raise ModelError(
             f"the model has the outputs {list(signature.outputs)}; layers can follow one only. "
@@ -219,9 +224,16 @@ def then(
     root = twin(net)
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
-    copy_nodes(graph, [node for node in net.graph.nodes if node.op != "output"], made)
+    needed = ancestors([tip]) | set(chart.inputs)
+    copy_nodes(graph, [node for node in net.graph.nodes if node in needed], made)
     notes = {key: dict(value) for key, value in net.notes.items()}
-    value, before = made[tip], set(graph.nodes)
+    value = made[tip]
+    if tip in chart.parts:  # an untraceable module may return its one tensor in a dict or tuple
+        result = shapes_of(net, signature).values[tip.name]
+        if isinstance(result, Mapping | tuple | list):
+            key = output if isinstance(result, Mapping) and output in result else _first(result, output)
+            value = graph.call_function(operator.getitem, (value, key))
+    before = set(graph.nodes)
     for key, layer in named:
         value = _put(root, graph, key, layer, [value], notes)
     graph.output(value)
