@@ -42,7 +42,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_missing_java_is_one_sentence_with_the_fix(bare_machine: Path) -> None:
     with pytest.raises(
-        SessionError, match="^Spark needs Java 17 or newer, which is not on this machine: install"
+        SessionError, match=r"^Spark needs Java 17 or newer, which is not on this machine: install"
     ) as caught:
         session.find_java()
     assert "\n" not in str(caught.value)
@@ -133,7 +133,8 @@ def no_spark_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_from_elsewhere_are_found(no_spark_yet: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "spark-defaults.conf").write_text(
-        "# ours\nspark.driver.memory   9g\nspark.ui.enabled=true\n spark.executor.extraJavaOptions -Da=b -Dc=d\n\nother 1\n"
+        "# ours\nspark.driver.memory   9g\nspark.ui.enabled=true\n"
+        " spark.executor.extraJavaOptions -Da=b -Dc=d\n\nother 1\n"
     )
     monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
     monkeypatch.setenv(
@@ -221,7 +222,7 @@ def test_a_running_session_takes_settings_that_can_change(spark: Any) -> None:
 @pytest.mark.spark
 @pytest.mark.sessions
 def test_another_master_beside_a_running_session_is_refused(spark: Any) -> None:
-    with pytest.raises(SessionError, match="runs in this process already, so 'local\\[77\\]' cannot be started"):
+    with pytest.raises(SessionError, match=r"runs in this process already, so 'local\[77\]' cannot be started"):
         session.spark("local[77]")
 
 

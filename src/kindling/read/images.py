@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from kindling.errors import ConfigError, DataError, StorageError
 from kindling.session import active_session, first_line
@@ -69,8 +70,6 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
 _MANY_ROWS, _FEW_ROWS = 512, 64
 """Photos in a partition: enough to fill a net's batches, few enough to spread and to redo."""
 _SAFE_BATCH_BYTES = 256 * 2**20
-_LOOK_AT_NAMES = 2_000
-"""Up to so many files, their names are looked at on the driver before a frame without rows is handed out."""
 
 
 def images(
@@ -85,7 +84,8 @@ def images(
     Subfolders are read at any depth. Names are literal: spaces, unicode, `%`, `#`, `=` mean nothing special, and a
     local folder that is really called `a[1]` is found. As everywhere in Spark, names that begin with `.` or `_` are
     skipped; where photos on this machine are lost by that, a warning says how many. Files whose contents are no image
-    are rows too: their error shows where they are decoded (`on_error=` of the verbs).
+    are rows too: their error shows where they are decoded (`on_error=` of the verbs). So are files of no bytes on this
+    machine's disk; on other file systems Spark passes over those.
 
     The rows' order is Spark's (by size within a partition): classes come mixed, and training does not depend on it.
     Batches on their way to Python are bounded by bytes: by Spark's own 64 MiB from Spark 4.1 on, before that by scan
@@ -110,8 +110,16 @@ def images(
         raise ConfigError("path", path, "names nothing to read", "Give a folder, a glob or a list of them")
     session = spark or active_session() or start_session()
     paths = [_for_spark(one, here=_is_here(session)) for one in given]
-    frame, n_files = _load(session, paths, given)
+    frame, files = _load(session, paths, given)
     endings = sorted({ending.lower().lstrip(".") for ending in skip})
+    pattern = r"(?i)\.(" + "|".join(re.escape(ending) for ending in endings) + r")$"
+    n_listed = len(files)
+    files = [file for file in files if not (endings and re.search(pattern, file))]
+    if not files:
+        raise DataError(
+            f"{_shown(given)} holds {n_listed} files, none of them an image by its name; "
+            "skip=() reads them all the same."
+        )
 
     from pyspark.sql import functions as F
 
@@ -120,38 +128,35 @@ def images(
     url = F.col("_metadata.file_path")
     full: Column = F.url_decode(F.replace(url, F.lit("+"), F.lit("%2B")))
     if endings:
-        pattern = r"(?i)\.(" + "|".join(re.escape(ending) for ending in endings) + r")$"
-        frame = frame.where(~F.col("_metadata.file_path").rlike(pattern))
+        frame = frame.where(~url.rlike(pattern))
     frame = frame.select(full.alias("path"), F.element_at(F.split(full, "/"), -2).alias("label"), "content")
-    if n_files <= _LOOK_AT_NAMES and frame.select("path").limit(1).count() == 0:
-        raise DataError(
-            f"{_shown(given)} holds {n_files} files, none of them an image by its name; "
-            "skip=() reads them all the same."
-        )
     for one in given:
         _warn_of_hidden(one, session)
+    if partitions is None and _batches_are_bounded(session):
+        few, many = -(-len(files) // _MANY_ROWS), -(-len(files) // _FEW_ROWS)
+        partitions = max(few, min(many, 4 * _slots(session)))
     if partitions is not None:
-        return frame.coalesce(partitions)
-    if _batches_are_bounded(session):
-        slots = _slots(session)
-        frame = frame.coalesce(max(-(-n_files // _MANY_ROWS), min(-(-n_files // _FEW_ROWS), 4 * slots)))
+        frame = frame.coalesce(partitions)
+    empty = _empty_files(files) if _is_here(session) else []
+    if empty:
+        rows = [(f"file:{path}", Path(path).parent.name, b"") for path in empty]
+        frame = frame.unionAll(session.createDataFrame(rows, frame.schema).coalesce(1))
     return frame
 
 
-def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> tuple[DataFrame, int]:
-    """The binaryFile frame and the number of files in it."""
+def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> tuple[DataFrame, list[str]]:
+    """The binaryFile frame, and the URLs of all files that it lists."""
     from pyspark.errors import AnalysisException
 
     reader = session.read.format("binaryFile").option("recursiveFileLookup", True)
     # Given one path that is no folder, Spark looks for a streaming sink there and logs a stack trace that there is
     # none; given two it does not. Files found twice count once.
-    alone = len(paths) == 1 and (_GLOB.search(paths[0]) or (_local_path(paths[0]) and not os.path.exists(paths[0])))
-    twice = paths * 2 if alone else paths
+    alone = len(paths) == 1 and (
+        _GLOB.search(paths[0]) or (_local_path(paths[0]) and not os.path.exists(str(_local_path(paths[0]))))
+    )
     try:
-        frame: DataFrame = reader.load(twice)
-        jframe = getattr(frame, "_jdf", None)
-        # On Classic the names would come over one by one; their number is one call.
-        n_files = len(frame.inputFiles() if jframe is None else jframe.inputFiles())
+        frame: DataFrame = reader.load(paths * 2 if alone else paths)
+        files = _listed(frame)
     except AnalysisException as error:
         if "PATH_NOT_FOUND" in str(error) or "Path does not exist" in str(error):
             missing = re.search(r"does not exist: (.*?)\.?(?: SQLSTATE|\n|;|$)", str(error))
@@ -159,9 +164,24 @@ def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> t
         raise
     except Exception as error:
         raise StorageError(f"{_shown(given)} cannot be listed: {first_line(error)}.") from error
-    if n_files == 0:
+    if not files:
         raise DataError(f"{_shown(given)} holds no files (names that begin with '.' or '_' are skipped).")
-    return frame, n_files
+    return frame, files
+
+
+def _listed(frame: DataFrame) -> list[str]:
+    jframe = getattr(frame, "_jdf", None)
+    if jframe is None:
+        return list(frame.inputFiles())
+    # On Classic the names would come over one by one; joined they are one call.
+    joined = frame.sparkSession._jvm.org.apache.hadoop.util.StringUtils.join("\n", jframe.inputFiles())
+    return joined.split("\n") if joined else []
+
+
+def _empty_files(urls: Sequence[str]) -> list[str]:
+    """Files of no bytes on this machine's disk; Spark's scans pass over them without a word."""
+    paths = [unquote(url.removeprefix("file:")) for url in urls if url.startswith("file:")]
+    return ["/" + path.lstrip("/") for path in paths if os.path.exists(path) and os.path.getsize(path) == 0]
 
 
 def _shown(given: Sequence[object]) -> str:
