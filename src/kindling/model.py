@@ -138,9 +138,10 @@ class Model:
             )
         module, signature = surgery.until(self.module, names, self.signature)
         kept = self.frozen & surgery.frozen_layers(module, None)
-        return replace(
-            self, module=module, signature=signature, labels=None, frozen=kept, preparation=self._untargeted()
-        )
+        # Inputs that only removed layers read are not asked of the DataFrame any more.
+        inputs = tuple(step for step in self.preparation.inputs if step.name in signature.inputs)
+        preparation = Preparation(inputs)
+        return replace(self, module=module, signature=signature, labels=None, frozen=kept, preparation=preparation)
 
     def freeze(self, until: str | None = None) -> Model:
         """Leave layers alone in training: no gradients, dropout off, batch statistics fixed.
@@ -151,7 +152,7 @@ class Model:
         """
         from kindling import surgery
 
-        return replace(self, frozen=self.frozen | surgery.frozen_layers(self.module, until))
+        return replace(self, frozen=self.frozen | surgery.frozen_layers(self.module, until, self.signature))
 
     def unfreeze(self) -> Model:
         """Let every layer learn again."""

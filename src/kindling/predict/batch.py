@@ -307,8 +307,9 @@ def _record_batch(
 
 
 def _floats(values: np.ndarray, good: np.ndarray) -> pa.Array:
-    """float32 of shape (good rows, ...) as one list of floats per row, null where the row is not good."""
-    return _lists(pa.array(np.ascontiguousarray(values).ravel()), math.prod(values.shape[1:]), good)
+    """Numbers of shape (good rows, ...) as one list of floats per row, null where the row is not good."""
+    flat = np.ascontiguousarray(values, np.float32).ravel()
+    return _lists(pa.array(flat), math.prod(values.shape[1:]), good)
 
 
 def _lists(values: pa.Array, width: int, good: np.ndarray) -> pa.Array:

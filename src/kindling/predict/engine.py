@@ -77,7 +77,9 @@ class Engine:
         self.module = inference_copy(module, self.dtype)
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, float32, shape (rows, ...), for packed arrays of any number of rows (also none).
+        """Outputs by name, shape (rows, ...), for packed arrays of any number of rows (also none).
+
+        Floating-point outputs come as float32, others in their own dtype.
 
         Raises: ModelError, when an output does not have one entry per row.
         """
@@ -96,7 +98,8 @@ class Engine:
                         "its first axis must be the rows'."
                     )
                 if name not in results:
-                    results[name] = np.empty((rows, *tensor.shape[1:]), np.float32)
+                    kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                    results[name] = torch.empty((rows, *tensor.shape[1:]), dtype=kind).numpy()
                 torch.from_numpy(results[name])[start : start + count].copy_(tensor[:count])
         return results
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def fit(
         raise ConfigError("on_error", on_error, "is not a way to treat broken rows", f"Use one of {ON_ERROR}")
     settings = LoopSettings(epochs=epochs, batch_size=batch_size, seed=seed, checkpoint_every=checkpoint_every)
     spark = df.sparkSession
-    began = time.perf_counter()
+    began = time.time()
     labels, target_step = _target(model, df, target, loss)
     preparation = Preparation(model.preparation.inputs, (target_step,))
     needed = preparation.columns(targets=True)
@@ -133,6 +134,7 @@ def fit(
             # Spark starts a failed barrier stage again only where it is not the last one of its job.
             .repartition(1)
         )
+        launched = time.time()
         result = _collect(spark, trained, desk, stack)
         module = _trained_module(tail, result.weights)
         record = {
@@ -141,7 +143,7 @@ def fit(
             "rows": result.rows,
             "sha256": result.sha256,
             "epochs": result.history,
-            "phases_s": result.phases(began, desk.first_step),
+            "phases_s": result.phases(began, launched),
             "broken": result.broken,
         }
         if result.broken["rows"]:
@@ -235,11 +237,14 @@ def _cut(model: Model, preparation: Preparation) -> tuple[Split | None, nn.Modul
 
     split = surgery.split_frozen(model.module, model.signature, model.frozen)
     if split is None:
-        return None, model.module, model.signature, preparation
+        # Of a graph, every layer can be frozen alone; of a module's own code, not the dropout written out in it.
+        graph = surgery.trace(model.module, len(model.signature.inputs)) if model.frozen else None
+        return None, graph or model.module, model.signature, preparation
     inputs: list[Step] = []
     for name in split.boundary:
-        shape = split.prefix_signature.outputs[name].shape[1:]
-        inputs.append(ArrayStep(name, name, tuple(int(size) for size in shape)))
+        spec = split.prefix_signature.outputs[name]
+        dtype = "float32" if "float" in spec.dtype else spec.dtype  # as the engine gives them
+        inputs.append(ArrayStep(name, name, tuple(int(size) for size in spec.shape[1:]), dtype))
     return split, split.tail, split.tail_signature, Preparation(tuple(inputs), preparation.targets)
 
 
@@ -504,15 +509,12 @@ def _run_directory(
 
 @dataclass
 class _Desk:
-    """The driver's reader of events: shows progress, remembers the first error and the time of the first step."""
+    """The driver's reader of events: shows progress and remembers the first error."""
 
     bar: TrainingBar
     error: KindlingError | None = None
-    first_step: float | None = None
 
     def on_event(self, event: Event) -> None:
-        if event.kind == "step" and self.first_step is None:
-            self.first_step = time.perf_counter()
         if event.kind == "error" and self.error is None:
             self.error = from_text(str(event.data.get("wire")))
         self.bar.on_event(event)
@@ -528,16 +530,25 @@ class _Result:
     sha256: str
     broken: dict[str, Any]
 
-    def phases(self, began: float, first_step: float | None) -> dict[str, float]:
-        """Seconds by phase, from the events; `to_first_step` is None-free only where the listener heard it."""
-        spent: dict[str, float] = {}
+    def phases(self, began: float, launched: float) -> dict[str, float]:
+        """Seconds by phase, by rank 0's events of the last attempt; times are unix seconds.
+
+        plan: checks and precision on the driver; pack: preparation, frozen layers and shuffle; spool; meet; build: net,
+        optimizer, group; first_step; then epochs, all of them, and all, from the call to the trained model.
+        """
+        at = {"called": began, "launched": launched}
         for event in self.events:
-            if event.kind == "spooled":
-                spent["spool"] = max(spent.get("spool", 0.0), float(event.data["seconds"]))
-        if first_step is not None:
-            spent["to_first_step"] = first_step - began
+            if event.rank == 0 and event.kind != "epoch":
+                at.setdefault(event.kind, event.unix_s)
+        marks = ("called", "launched", "start", "spooled", "met", "ready", "step")
+        names = ("plan", "pack", "spool", "meet", "build", "first_step")
+        spent = {
+            name: at[end] - at[start] for name, (start, end) in zip(names, pairwise(marks), strict=True) if end in at
+        }
+        if "step" in at:
+            spent["to_first_step"] = at["step"] - began
         spent["epochs"] = sum(float(record["seconds"]) for record in self.history)
-        spent["all"] = time.perf_counter() - began
+        spent["all"] = time.time() - began
         return spent
 
 

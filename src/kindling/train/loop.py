@@ -123,6 +123,7 @@ class Loop:
             state, history = dict(restored["strategy"]), list(restored["history"])
             self.replica.module.load_state_dict(restored["module"])
             self.replica.optimizer.load_state_dict(restored["optimizer"])
+        self.hooks.on_event("ready", step=len(history) * plan.steps, epoch=len(history))
         for epoch in range(len(history) + 1, settings.epochs + 1):
             surgery.set_training(self.replica.module, self.frozen)
             began, sent, clock = time.perf_counter(), comms.bytes_sent, Clock()
@@ -190,9 +191,8 @@ class Loop:
             now = time.perf_counter()
             if comms.rank == 0 and (now - told > _STEP_EVENT_EVERY_S or index == 0 or index + 1 == plan.steps):
                 told = now
-                self.hooks.on_event(
-                    "step", step=step, epoch=epoch, keep=False, loss=value, rows=rows_done, of=int(self.counts_V.sum())
-                )
+                figures = {"loss": value, "rows": rows_done, "of": int(self.counts_V.sum())}
+                self.hooks.on_event("step", step=step, epoch=epoch, keep=step == 1, **figures)
         return loss_sum, state
 
     def _backward(self, batch: Mapping[str, Tensor], scale: float, step: int, epoch: int) -> float:

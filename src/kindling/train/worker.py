@@ -87,7 +87,7 @@ class _Worker:
 
             began = time.perf_counter()
             spool = Spool(self.spec.run, Preparation.from_json(self.spec.preparation).packed_spec(targets=True))
-            self.log.emit("start", keep=False)
+            self.log.emit("start")
             for batch in batches:
                 streams, notes, blobs = (
                     batch.column(batch.schema.get_field_index(n)) for n in ("stream", "notes", "blob")
