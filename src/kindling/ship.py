@@ -252,14 +252,14 @@ def _normalisation_tensors(module: nn.Module) -> set[str]:
 
 def _architecture(module: nn.Module, named: dict[int, str], loose: dict[str, Tensor]) -> tuple[bytes, bool]:
     """The module without its tensors. Tensors that are neither parameters nor buffers are put into `loose`."""
-    try:
-        from kindling import graph
+    from kindling import graph
 
+    try:
         data = graph.to_json(module)
         names = {name for name, _ in _named_tensors(module)}
         if {name for name, _ in _named_tensors(graph.from_json(data))} == names:
             return json.dumps(data, sort_keys=True).encode(), True
-    except (KindlingError, ImportError):
+    except KindlingError:
         pass  # not made of the layers that a graph may hold: our own workers take a pickle
     try:
         return _pickled(module, named, loose), False

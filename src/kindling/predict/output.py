@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +129,10 @@ def _made_by(model: Model, columns: Mapping[str, str]) -> dict[str, Any]:
 
     from kindling import bundle
 
-    bare = replace(model, preparation=Preparation(model.preparation.inputs), labels=None, frozen=frozenset())
     return {
         "format": _FORMAT,
-        "model": {"name": model.name, "fingerprint": bundle.fingerprint(bare), "source": dict(model.source)},
-        "preparation": bare.preparation.to_json()["inputs"],
+        "model": {"name": model.name, "fingerprint": bundle.fingerprint(model), "source": dict(model.source)},
+        "preparation": model.preparation.to_json()["inputs"],
         "columns": dict(columns),
         "versions": {"kindling": __version__, "torch": torch.__version__},
     }
@@ -144,14 +143,14 @@ def _check_same(
 ) -> None:
     """Raises: ConfigError, saying what differs, when the folder's features were made by something else."""
     differences = []
+    if before["columns"] != now["columns"]:
+        differences.append(f"the layers or their columns ({before['columns']} there, {now['columns']} now)")
     if before["preparation"] != now["preparation"]:
         differences.append(f"the preparation ({_first_difference(before['preparation'], now['preparation'])})")
-    elif before["model"]["fingerprint"] != now["model"]["fingerprint"]:
+    if not differences and before["model"]["fingerprint"] != now["model"]["fingerprint"]:
         old, new = before["model"]["fingerprint"][:12], now["model"]["fingerprint"][:12]
         name = before["model"]["name"]
         differences.append(f"the net's layers or weights ({name!r} of fingerprint {old} there, {new} now)")
-    if before["columns"] != now["columns"]:
-        differences.append(f"the layers or their columns ({before['columns']} there, {now['columns']} now)")
     stored = before["precision"]["name"]
     if precision not in ("auto", stored):
         differences.append(f"the precision ({stored!r} there, {precision!r} now)")
