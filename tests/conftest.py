@@ -25,6 +25,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     scratch = tmp_path_factory.mktemp("spark")
     before = Path.cwd()
     os.chdir(scratch)  # Spark leaves spark-warehouse, artifacts and metastore files in the folder where it was started
+    search = os.environ.get("PYTHONPATH")
+    if search is not None:  # relative to the folder that we have just left
+        os.environ["PYTHONPATH"] = os.pathsep.join(str(before / part) for part in search.split(os.pathsep))
     try:
         session = kindling.spark(
             master,
@@ -43,6 +46,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         )
     finally:
         os.chdir(before)
+        if search is not None:
+            os.environ["PYTHONPATH"] = search
     yield session
     session.stop()
 
