@@ -1,4 +1,7 @@
-"""The demo: what a net learnt on the handwritten digits 0-4 helps it to learn 5-9 from fifty pictures.
+"""The demo: a net that learnt the handwritten digits 0-4 is given a new head for 5-9, from fifty pictures.
+
+The same net trained from scratch on the same pictures stands beside it. Digits are easy: expect a tie in accuracy, with
+a hundredth of the weights to train.
 
 scikit-learn ships 1,797 real handwritten digits of 8 x 8 pixels, so no network is needed. Written in the library's
 public names only; the command is `kindling demo`.
@@ -33,6 +36,8 @@ class Demonstrated:
     """Digits 5-9: a new head on the frozen net."""
     scratch: kd.Report
     """Digits 5-9: the same net, all of it trained on the same pictures alone."""
+    weights: tuple[int, int]
+    """Weights that the head, and the net from scratch, had to learn."""
     labelled: int
     """Pictures of 5-9 that both learnt from."""
     answer: dict[str, Any]
@@ -49,6 +54,7 @@ class Demonstrated:
                 "5-9 from scratch": self.scratch.accuracy,
             },
             "labelled": self.labelled,
+            "weights": self.weights,
             "report": self.head.to_json(),
             "picture": str(self.picture),
             "answer": self.answer,
@@ -60,8 +66,8 @@ class Demonstrated:
         return f"""{self.head}
 
 Digits 5-9 learnt from {self.labelled} pictures, tested on {self.head.rows}:
-  a new head on the net that knows 0-4   {self.head.accuracy:.4f}
-  the same net from scratch              {self.scratch.accuracy:.4f}
+  a new head on the frozen net that knows 0-4   {self.head.accuracy:.4f}   {self.weights[0]:7,} weights trained
+  the same net, all of it from scratch          {self.scratch.accuracy:.4f}   {self.weights[1]:7,} weights trained
 
 {self.picture} shows a {self.picture.parent.name}; the reloaded model says {self.answer["prediction"]} \
 (probability {self.answer["probability"]:.3f})
@@ -101,7 +107,7 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
 
     folder = folder.resolve()
     _clear(folder)
-    sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)
+    sgd = partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True)
     averaging = kd.ParameterAveraging(every=5)
     clock = Clock()
 
@@ -117,14 +123,14 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
     with clock.phase("train LeNet on 0-4"):
         with seeded(SEED):
             lenet = kd.load("lenet").until("fc1").then(nn.Linear(500, 5), labels=kd.labels(train), name="predictions")
-        lenet = lenet.fit(train, epochs=6, batch_size=16, optimizer=sgd, strategy=averaging, workers=2, seed=SEED)
+        lenet = lenet.fit(train, epochs=10, batch_size=16, optimizer=sgd, strategy=averaging, workers=2, seed=SEED)
     with clock.phase("evaluate on 0-4"):
         first = lenet.evaluate(test)
         say(f"accuracy on {first.rows} other pictures of 0-4: {first.accuracy:.4f}")
     lenet.save(folder / "lenet-0-4")
 
-    say("loaded again, cut after fc1, frozen: its features of 5-9")
-    trunk = kd.load(folder / "lenet-0-4").until("fc1").freeze()
+    say("loaded again, cut after pool2, frozen: its features of 5-9")
+    trunk = kd.load(folder / "lenet-0-4").until("flatten").freeze()
     with clock.phase("featurise 5-9 to Parquet"):
         features = trunk.featurize(high, out=str(folder / "features.parquet"))
         features.count()
@@ -134,10 +140,10 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
 
     say(f"a new head learns 5-9 from {len(paths)} pictures")
     settings: dict[str, Any] = {"epochs": 30, "batch_size": 8, "strategy": averaging, "workers": 2, "seed": SEED}
-    slow = partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True)
+    slow = partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True)
     with clock.phase("train a head on 5-9"):
         with seeded(SEED):
-            head = kd.Model.of(nn.Linear(500, 5), column="features", shape=(500,), labels=labels)
+            head = kd.Model.of(nn.Linear(800, 5), column="features", shape=(800,), labels=labels)
         head = head.fit(few, optimizer=slow, **settings)
     with clock.phase("train the same net from scratch"):
         with seeded(SEED):
@@ -155,6 +161,7 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
         first=first,
         head=with_head,
         scratch=from_scratch,
+        weights=(head.summary().trainable, whole.summary().trainable),
         labelled=len(paths),
         answer=answer,
         picture=picture,
