@@ -1,0 +1,126 @@
+"""The main job from end to end, as a user writes it, on every kind of session and on real data."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import kindling as kd
+
+pytestmark = pytest.mark.spark
+
+SQUEEZENET = "squeezenet_v1.1_keras/squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5"
+
+
+def _paint(folder: Path, classes: int, each: int) -> Path:
+    """Photos of coloured noise, a colour for each class."""
+    rng = np.random.default_rng(0)
+    colours = [(220, 40, 40), (40, 200, 60), (50, 60, 220)]
+    for label, colour in enumerate(colours[:classes]):
+        (folder / f"class {label}").mkdir(parents=True)
+        for number in range(each):
+            pixels = np.clip(colour + rng.normal(0, 25, (96, 128, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class {label}" / f"{number}.jpg", quality=90)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_design_runs_as_written(spark: Any, tmp_path: Path) -> None:
+    """VGG16 of full size, with generated weights."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(kd.load("vgg16").module.state_dict(), tmp_path / "vgg16.safetensors")
+    folder = _paint(tmp_path / "caltech256", classes=3, each=16)
+
+    photos = kd.read.images(str(folder))
+    train, valid, test = kd.split(photos, 0.7, 0.15, 0.15)
+
+    vgg = kd.load("vgg16", weights=str(tmp_path / "vgg16.safetensors"))
+    assert "138,357,544" in str(vgg.summary())
+    model = vgg.until("fc2").freeze().then(nn.Linear(4096, 3), labels=kd.labels(train))
+    model = model.fit(
+        train,
+        validation=valid,
+        epochs=20,
+        batch_size=32,
+        strategy=kd.ParameterAveraging(every=5),
+        optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.8, nesterov=True),
+        progress=False,
+    )
+    report = model.evaluate(test)
+    assert report.rows == test.count()
+    model.save(tmp_path / "models" / "caltech256")
+    predicted = kd.load(tmp_path / "models" / "caltech256").predict(photos)
+    rows = predicted.collect()
+    assert len(rows) == 48
+    assert {row["prediction"] for row in rows} <= {"class 0", "class 1", "class 2"}
+    right = sum(row["prediction"] == row["label"] for row in rows)
+    assert right > 0.6 * len(rows)  # random features tell colours apart, roughly; chance is a third
+
+
+@pytest.mark.sessions
+@pytest.mark.needs_data
+def test_transfer_learning_on_real_photos(spark: Any, data_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    photos = kd.read.images(str(data_dir / "caltech101_mini"))
+    train, valid, test = kd.split(photos, 0.6, 0.1, 0.3)
+    net = kd.load("squeezenet1_1", weights=data_dir / SQUEEZENET)
+    torch.manual_seed(0)
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classes": nn.Linear(512, 10)}
+    model = (
+        net.freeze()
+        .then(head, labels=kd.labels(train))
+        .fit(
+            train,
+            validation=valid,
+            epochs=15,
+            batch_size=8,
+            workers=2,
+            strategy=kd.ParameterAveraging(every=5),
+            optimizer=partial(torch.optim.SGD, lr=0.001, momentum=0.8, nesterov=True),
+            progress=False,
+        )
+    )
+    report = model.evaluate(test)
+    assert report.accuracy > 0.85
+    model.save(tmp_path / "model")
+    loaded = kd.load(tmp_path / "model")
+    rows = loaded.predict(test, top_k=3).collect()
+    assert sum(row["prediction"] == row["label"] for row in rows) == round(report.accuracy * report.rows)
+    path = rows[0]["path"].removeprefix("file:").replace("%20", " ")
+    (alone,) = loaded.predict([Path(path).read_bytes()])
+    assert alone["prediction"] == rows[0]["prediction"]
+    assert alone["probability"] == pytest.approx(rows[0]["probability"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_data
+def test_lenet_reads_99_of_100_digits(spark: Any, data_dir: Path) -> None:
+    folder = data_dir / "mnist"
+    train = kd.read.idx(str(folder / "train-images-idx3-ubyte.gz"), str(folder / "train-labels-idx1-ubyte.gz"))
+    test = kd.read.idx(str(folder / "t10k-images-idx3-ubyte.gz"), str(folder / "t10k-labels-idx1-ubyte.gz"))
+    torch.manual_seed(0)
+    model = (
+        kd.load("lenet")
+        .with_labels(kd.labels(test))
+        .fit(
+            train,
+            epochs=5,
+            batch_size=32,
+            workers=2,
+            strategy=kd.ParameterAveraging(every=5),
+            optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True),
+            progress=False,
+        )
+    )
+    report = model.evaluate(test)
+    assert report.rows == 10_000
+    assert report.accuracy >= 0.99
