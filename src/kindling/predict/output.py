@@ -28,6 +28,7 @@ from kindling.prepare import Preparation
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql.types import StructType
 
     from kindling.model import Model
     from kindling.storage import Place
@@ -37,6 +38,7 @@ _LOG = logging.getLogger("kindling.predict")
 SIDE_FILE = "_kindling.json"
 HASH = "content_hash"
 """Column of the stored Parquet: Spark's xxhash64 of everything that the features were made from, and the label."""
+_KEYS = f"path string, {HASH} long, error string"
 _FORMAT = 1
 _LISTED = 100
 _OPTIONS = {
@@ -93,8 +95,8 @@ def featurize_to(
     old_files = folder.files()
     if old_files:
         if on_error == "fail":
-            _refuse_broken(folder.read())
-        rows = _without(rows, folder.read().select("path", HASH))
+            _refuse_broken(folder.read(_KEYS))
+        rows = _without(rows, folder.read(_KEYS).select("path", HASH))
     features = batch.forward(
         model,
         rows,
@@ -111,13 +113,18 @@ def featurize_to(
     with ship.translated(), _bar(spark, shown=progress):
         features.write.mode("append").options(**_OPTIONS).parquet(folder.url)
     with ship.translated():
-        computed = folder.tidy(df, model.preparation, label, old_files, drop=on_error == "drop")
-        found = _findings(model, df, folder, about, on_error)
+        before_tidying = folder.counts()
+        computed = sum(rows for file, (rows, _) in before_tidying.items() if file not in old_files)
+        changed = folder.tidy(
+            df, model.preparation, label, features.schema, old_files, before_tidying, drop=on_error == "drop"
+        )
+        counts = folder.counts() if changed else before_tidying
+        found = _findings(model, df, folder, about, counts, dropped=on_error == "drop")
     seconds = time.monotonic() - began
     folder.write({**about, **found, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
     _tell(_summary(computed, found, seconds, out), broken=found["broken"], progress=progress)
     shown = ["path", *label, *columns.values(), *(["error"] if on_error == "keep" else [])]
-    return folder.read().select(*map(batch._quoted, shown))
+    return folder.read(features.schema).select(*map(batch._quoted, shown))
 
 
 # ---------------------------------------------------------------------------------------------------- provenance
@@ -243,59 +250,77 @@ class _Folder:
     def write(self, about: Mapping[str, Any]) -> None:
         self.place.write(SIDE_FILE, json.dumps(about, indent=1, ensure_ascii=False).encode())
 
-    def read(self) -> DataFrame:
-        """All stored rows; `_metadata.file_name` tells the file of each."""
-        return self.spark.read.parquet(re.sub(r"([{}\[\]*?\\])", r"\\\1", self.url))
+    def read(self, schema: StructType | str) -> DataFrame:
+        """The stored rows; `_metadata.file_name` tells the file of each."""
+        return self.spark.read.schema(schema).parquet(re.sub(r"([{}\[\]*?\\])", r"\\\1", self.url))
+
+    def keys(self) -> DataFrame:
+        """path, content_hash, error and file of each stored row."""
+        from pyspark.sql import functions as F
+
+        return self.read(_KEYS).select("path", HASH, "error", F.col("_metadata.file_name").alias("file"))
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """File -> its rows, and the broken ones among them; files without rows are not in it."""
+        from pyspark.sql import functions as F
+
+        if not self.files():
+            return {}
+        counted = self.keys().groupBy("file").agg(F.count("*").alias("rows"), F.count("error").alias("broken"))
+        return {row["file"]: (row["rows"], row["broken"]) for row in counted.collect()}
 
     def tidy(
-        self, df: DataFrame, preparation: Preparation, label: list[str], old_files: set[str], *, drop: bool
-    ) -> int:
-        """Take out rows that are doubled, changed, gone or (with `drop`) broken; returns how many rows are new.
+        self,
+        df: DataFrame,
+        preparation: Preparation,
+        label: list[str],
+        schema: StructType,
+        old_files: set[str],
+        counts: Mapping[str, tuple[int, int]],
+        *,
+        drop: bool,
+    ) -> bool:
+        """Take out rows that are doubled, changed, gone or (with `drop`) broken; tells whether there were any.
 
         What is rewritten is appended before its old files go, so that a run killed here leaves doubles for the next
         one to take out, and no gap.
         """
         from pyspark.sql import functions as F
 
-        if not self.files():
-            return 0
-        rows = self.read().select("path", HASH, "error", F.col("_metadata.file_name").alias("file"))
-        counts = {row["file"]: row["count"] for row in rows.groupBy("file").count().collect()}
-        computed: int = sum(count for file, count in counts.items() if file not in old_files)
         # A job without rows leaves a file without rows; one is kept where there is nothing else, for its schema.
         superfluous = set(sorted(self.files() - set(counts))[0 if counts else 1 :])
+        keys = self.keys()
         several = (
-            rows.groupBy("path")
+            keys.groupBy("path")
             .agg(F.count("*").alias("n"), F.count_distinct(HASH).alias("hashes"), F.collect_set("file").alias("files"))
             .where("n > 1")
         )
         doubled = several.select(F.explode("files").alias("file"), (F.col("hashes") > 1).alias("changed"))
-        affected = doubled.groupBy("file").agg(F.max("changed").alias("changed")).collect()
-        changed = any(row["changed"] for row in affected)
+        affected = doubled.groupBy("file").agg(F.max("changed").alias("changed")).collect() if counts else []
         names = {row["file"] for row in affected}
         current = df.select("path").distinct()
         if old_files:
-            names |= _files_of(rows.join(current, "path", "left_anti"))
+            gone = keys.join(current, "path", "left_anti").select("file").distinct()
+            names |= {row["file"] for row in gone.collect()}
         if drop:
-            names |= _files_of(rows.where("error is not null"))
+            names |= {file for file, (_, broken) in counts.items() if broken}
         if not names:
             self._delete(superfluous)
-            return computed
-        good = self.read().where(F.col("_metadata.file_name").isin(sorted(names)))
+            return False
+        good = self.read(schema).where(F.col("_metadata.file_name").isin(sorted(names)))
         if old_files:
             good = good.join(current, "path", "left_semi")
         if drop:
             good = good.where("error is null")
-        if changed:
-            # Of several contents under one path, those that are there now: the files are asked once more.
+        if any(row["changed"] for row in affected):
+            # Of several contents under one path, those that are there now: the photos are asked once more.
             unclear = several.where("hashes > 1").select("path")
             wanted = _hashed(df.join(unclear, "path", "left_semi"), preparation, label).select("path", HASH)
             settled = good.join(unclear, "path", "left_anti")
             good = settled.unionByName(good.join(wanted, ["path", HASH], "left_semi"))
-        good = good.dropDuplicates(["path", HASH])
-        good.write.mode("append").options(**_OPTIONS).parquet(self.url)
+        good.dropDuplicates(["path", HASH]).write.mode("append").options(**_OPTIONS).parquet(self.url)
         self._delete(names | superfluous)
-        return computed
+        return True
 
     def _delete(self, names: set[str]) -> None:
         for name in sorted(names):
@@ -324,10 +349,6 @@ def _without(rows: DataFrame, done: DataFrame) -> DataFrame:
     return rows.join(F.broadcast(done) if count <= 2_000_000 else done, ["path", HASH], "left_anti")
 
 
-def _files_of(rows: DataFrame) -> set[str]:
-    return {row["file"] for row in rows.select("file").distinct().collect()}
-
-
 def _refuse_broken(stored: DataFrame) -> None:
     with ship.translated():
         first = stored.where("error is not null").select("path", "error").limit(1).collect()
@@ -341,34 +362,32 @@ def _refuse_broken(stored: DataFrame) -> None:
 # ------------------------------------------------------------------------------------------------------- findings
 
 
-def _findings(model: Model, df: DataFrame, folder: _Folder, about: Mapping[str, Any], on_error: str) -> dict[str, Any]:
+def _findings(
+    model: Model,
+    df: DataFrame,
+    folder: _Folder,
+    about: Mapping[str, Any],
+    counts: Mapping[str, tuple[int, int]],
+    *,
+    dropped: bool,
+) -> dict[str, Any]:
     """How many rows there are, how many are broken, and the first of those with their reasons."""
     from kindling.predict import batch
 
-    if not folder.files():
-        return {"rows": 0, "broken": 0, "examples": []}
-    stored = folder.read()
-    rows = stored.count()
-    if on_error == "fail":
-        return {"rows": rows, "broken": 0, "examples": []}
-    if on_error == "drop":
+    rows, broken = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    bad = folder.read(_KEYS).where("error is not null") if broken else None
+    if dropped:
         # They left no trace: those whose path is missing are looked at once more.
-        missing = df.select("path").distinct().join(stored.select("path"), "path", "left_anti")
+        missing = df.select("path").distinct()
+        if rows:
+            missing = missing.join(folder.read(_KEYS).select("path"), "path", "left_anti")
         broken = missing.count()
-        if not broken:
-            return {"rows": rows, "broken": 0, "examples": []}
-        again = batch.forward(
-            model,
-            df.join(missing.orderBy("path").limit(_LISTED), "path", "left_semi"),
-            keep=["path"],
-            precision=about["precision"]["name"],
-            batch_size=about["batch_size"],
-        )
-        bad = again.where("error is not null").select("path", "error")
-    else:
-        bad = stored.where("error is not null").select("path", "error")
-        broken = bad.count()
-    first = bad.orderBy("path").limit(_LISTED).collect() if broken else []
+        bad = None
+        if broken:
+            again = df.join(missing.orderBy("path").limit(_LISTED), "path", "left_semi")
+            settings = {"precision": about["precision"]["name"], "batch_size": about["batch_size"]}
+            bad = batch.forward(model, again, keep=["path"], **settings).where("error is not null")
+    first = bad.select("path", "error").orderBy("path").limit(_LISTED).collect() if bad is not None else []
     return {"rows": rows, "broken": broken, "examples": [{"path": r["path"], "why": r["error"]} for r in first]}
 
 
