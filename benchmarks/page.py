@@ -54,7 +54,8 @@ def figures(summary: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "commit")
     lines += [
         "",
-        f"`{summary['command']}`, {summary['started'][:10]}, {summary['seconds'] / 60:.0f} minutes, seed {summary['seed']}, "
+        f"`{summary['command']}`, {summary['started'][:10]}, {summary['seconds'] / 60:.0f} minutes, "
+        f"seed {summary['seed']}, "
         f"commit `{versions.get('commit', 'unknown')}`. {machine['processor']}, {summary['cores']} cores, "
         f"{machine['memory_gib']:.0f} GiB, bfloat16 in hardware: {', '.join(machine['bf16']) or 'none'}. {told}.",
     ]

@@ -143,7 +143,7 @@ CASES = [
     "featurize_squeezenet",
     "head",
     "accuracy_head",
-    pytest.param("memory", marks=pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")),
+    pytest.param("memory", marks=[pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]),
     "mnist_lenet",
     "transfer_caltech101",
 ]

@@ -17,9 +17,10 @@ def prepare(data: bytes, step: Mapping[str, Any]) -> np.ndarray:
     if step["resize"] == "squash":
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     else:
-        scale = (step["resize_to"] or max(height, width)) / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
+        # Sizes and offsets are rounded as torchvision's Resize and CenterCrop do.
+        shorter, target = min(image.size), step["resize_to"] or max(height, width)
+        image = image.resize(tuple(int(target * side / shorter) for side in image.size), Image.Resampling.BILINEAR)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32)
     if step["channels"] == "BGR":

@@ -15,38 +15,17 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.programs import answer, spec, wait_for_go
 
-VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+TANHS = 150
+"""Layers of the net without weights: enough to be seen computing, none larger than the photo."""
 
 
-class Widen(nn.Module):
-    """A convolution's or dense layer's output without its weights: the first channel, as often as asked for."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            return x[:, :1].expand(-1, self.channels).contiguous()
-        return x[:, :1].expand(-1, self.channels, -1, -1).contiguous(memory_format=torch.channels_last)
-
-
-def weightless(until: str) -> nn.Sequential:
-    """VGG16's activations, layer by layer, with no weights at all."""
-    layers: list[nn.Module] = []
-    for width, depth in VGG16:
-        for _ in range(depth):
-            layers += [Widen(width), nn.ReLU(inplace=True)]
-        layers.append(nn.MaxPool2d(2))
-    layers.append(nn.Flatten())
-    if until == "fc2":
-        layers += [Widen(4096), nn.ReLU(inplace=True), Widen(4096), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+def without_weights() -> nn.Sequential:
+    """A net that takes VGG16's input, computes for a while and has no weights."""
+    return nn.Sequential(*(nn.Tanh() for _ in range(TANHS)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def python_workers() -> list[int]:
@@ -111,27 +90,24 @@ class Scale(threading.Thread):
 
 
 def main() -> None:
-    """Spec: net (vgg16, weightless, idle), layer, workers, precision, photos, out. Answers MiB and samples."""
+    """Spec: weights (yes or no), layer, workers, precision, photos, out. Answers MiB and samples."""
     asked = spec()
     import kindling as kd
+    from kindling.predict.engine import net_batch
 
     shutil.rmtree(asked["out"], ignore_errors=True)
     spark = kd.spark(f"local[{asked['workers']}]")
-    if asked["net"] == "vgg16":
-        model = kd.load("vgg16").until(asked["layer"])
-    else:
-        module = (
-            weightless(asked["layer"])
-            if asked["net"] == "weightless"
-            else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        )
-        model = kd.Model.of(module, inputs=kd.prepare.ImageStep("image"))
-    photos = kd.read.images(asked["photos"], spark=spark)
+    vgg16 = kd.load("vgg16").until(asked["layer"])
+    # The same batches in both jobs: decoded photos must take as much.
+    batch_size = net_batch(vgg16.signature, vgg16.module)
+    model = vgg16 if asked["weights"] else kd.Model.of(without_weights(), inputs=vgg16.preparation.inputs)
+    # So few photos would be one task's work: each worker gets its share, and all of them compute at the same time.
+    photos = kd.read.images(asked["photos"], spark=spark).repartition(asked["workers"])
     wait_for_go()
     scale = Scale(asked["workers"], every_s=0.1)
     scale.start()
     began = time.perf_counter()
-    model.featurize(photos, out=asked["out"], precision=asked["precision"], progress=False)
+    model.featurize(photos, out=asked["out"], precision=asked["precision"], batch_size=batch_size, progress=False)
     seconds = time.perf_counter() - began
     scale.over.set()
     scale.join()
