@@ -72,4 +72,9 @@ class Signature:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Signature:
-        return cls(*({name: TensorSpec.from_json(spec) for name, spec in data[side]} for side in ("inputs", "outputs", "targets")))
+        return cls(
+            *(
+                {name: TensorSpec.from_json(spec) for name, spec in data[side]}
+                for side in ("inputs", "outputs", "targets")
+            )
+        )
