@@ -7,6 +7,7 @@ spark-defaults.conf, is never changed. Starting is all it does: reading is `read
 
 from __future__ import annotations
 
+import atexit
 import glob
 import logging
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,7 +235,16 @@ def _classic(master: str | None, app: str, given: dict[str, str], version: tuple
             # The builder is one object for the whole process; what we put in would leak into later sessions.
             for key in options:
                 getattr(SparkSession.builder, "_options", {}).pop(key, None)
+    if version < (4, 0) and "PYSPARK_GATEWAY_PORT" in os.environ and _is_local(asked):
+        atexit.register(_let_the_jvm_end, session)
     return session
+
+
+def _let_the_jvm_end(session: SparkSession) -> None:
+    """Spark 3.5 never stops its barrier's timer; where that runs in a local master's JVM, spark-submit never ends."""
+    with suppress(Exception):  # a JVM that is gone needs no help
+        barrier = getattr(getattr(session._jvm, "org.apache.spark.BarrierTaskContext$"), "MODULE$")
+        getattr(barrier, "org$apache$spark$BarrierTaskContext$$timer")().cancel()
 
 
 def _defaults(master: str, version: tuple[int, int]) -> dict[str, str]:
