@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from kindling.storage import open_place
 from torch import nn
 
 from kindling.errors import FormatError
+from kindling.storage import open_place
 from kindling.train import checkpoint
 
 OPTIMIZERS: dict[str, Any] = {
