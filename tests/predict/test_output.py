@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+import kindling
 from kindling.errors import ConfigError, DataError, FormatError
 from kindling.model import Model
 from kindling.predict import batch, output
@@ -296,8 +297,9 @@ def test_a_run_killed_half_way_goes_on_where_it_stopped(
     (tmp_path / "tests_output.py").write_text(Path(__file__).read_text())
     remote = f"sc://{store.spark.client.host}" if ship.is_connect(store.spark) else ""
     log = (tmp_path / "log").open("w")
+    env = {**os.environ, "PYTHONPATH": str(Path(kindling.__file__).parents[1])}
     arguments = [sys.executable, str(tmp_path / "killed.py"), remote, str(store.folder), "240"]
-    driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, cwd=tmp_path, text=True)
+    driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, cwd=tmp_path, env=env, text=True)
     assert driver.stdout is not None
     try:
         assert driver.stdout.readline() == "ready\n", (tmp_path / "log").read_text()[-2000:]
