@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import inputs
 from benchmarks.backbones import BACKBONES
-from benchmarks.featurizing import agreement, described, kindling_pass, plain_pass
+from benchmarks.featurizing import agreement, chosen_precision, described, kindling_pass, plain_pass
 from benchmarks.harness import Bench, Case, Target, peers_python, run_program
 
 PEERS = {"Ray Data": "ray_featurize", "Daft": "daft_featurize"}
@@ -32,6 +32,7 @@ def run(bench: Bench) -> None:
         spec = described("squeezenet1_1", model, folder, ceil_mode=inputs.real(inputs.SQUEEZENET) is None)
         seconds = kindling_pass(bench, model, photos, folder / "out")
         bench.record("kindling cold: session and first pass", seconds, "s")
+        bench.note("precision of kindling; the others run fp32, their default", chosen_precision(folder / "out"))
         contestants: dict[str, Callable[[], Mapping[str, Any]]] = {
             "kindling": lambda: {"seconds": kindling_pass(bench, model, photos, folder / "out")},
             "plain script": lambda: plain_pass(spec, paths, folder / "plain.parquet"),

@@ -55,8 +55,9 @@ CASE = Case(
     presets={
         "tiny": {
             "photos": 8,
-            "layer": "block5_pool",
+            "layer": "block3_pool",
             "plain_photos": 4,
+            "ceiling_layouts": ("channels_last",),
             "ceiling_batches": (2,),
             "ceiling_finalists": 1,
             "scan_seconds": 0.0,
@@ -66,6 +67,7 @@ CASE = Case(
             "photos": 512,
             "layer": "fc2",
             "plain_photos": 128,
+            "ceiling_layouts": ("NCHW", "channels_last"),
             "ceiling_batches": (8, 16, 32, 64),
             "ceiling_finalists": 3,
             "scan_seconds": 5.0,

@@ -59,24 +59,20 @@ class Ceiling:
         self.bench, self.dtype = bench, dtype
         self.net = {key: spec[key] for key in ("net", "until", "ceil_mode")} | {"size": spec["step"]["size"]}
         self.best: list[str] = []
-        self.grid: dict[str, tuple[int, bool, int]] = {
-            f"{processes} x {bench.cores // processes} {'channels_last' if last else 'NCHW'} batch {batch}": (
-                processes,
-                last,
-                batch,
-            )
+        self.grid: dict[str, tuple[int, str, int]] = {
+            f"{processes} x {bench.cores // processes} {layout} batch {batch}": (processes, layout, batch)
             for processes in sorted({1, bench.cores})
-            for last in (False, True)
+            for layout in bench["ceiling_layouts"]
             for batch in bench["ceiling_batches"]
         }
 
     def rate(self, name: str, seconds: float) -> float:
         """Images a second of one configuration, over all its processes."""
-        processes, channels_last, batch = self.grid[name]
+        processes, layout, batch = self.grid[name]
         one = {
             **self.net,
             "dtype": self.dtype,
-            "channels_last": channels_last,
+            "channels_last": layout == "channels_last",
             "batch": batch,
             "threads": self.bench.cores // processes,
             "seconds": seconds,

@@ -1,4 +1,4 @@
-"""What a second VGG16 worker costs in memory: proportional set sizes (PSS) in mid forward, less workers without weights.
+"""What a second VGG16 worker costs in memory: PSS (proportional set size) in mid forward, less workers without weights.
 
 Two workers hold the weights once if both map the same pages in the very dtype and layout that is computed with; every
 copy (a cast, a reordering) makes the second worker pay again. Each job runs in a session of its own

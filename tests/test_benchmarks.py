@@ -145,7 +145,7 @@ CASES = [
     "accuracy_head",
     pytest.param("memory", marks=[pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]),
     "mnist_lenet",
-    "transfer_caltech101",
+    pytest.param("transfer_caltech101", marks=pytest.mark.slow),
 ]
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     """Spec: as the plain script's, and actors. Answers seconds (warm: after a small pass) and a small pass's."""
     os.environ.update(DO_NOT_TRACK="true", SCARF_NO_ANALYTICS="true", DAFT_PROGRESS_BAR="0")
     asked = spec()
-    small = 2 * asked["batch"]
+    small = min(2 * asked["batch"], len(asked["paths"]) // 2)
     featurize(asked, small)
     wait_for_go()
     small_seconds = featurize(asked, small)

@@ -65,7 +65,7 @@ def main() -> None:
     # Reading tasks want slots of their own, or they wait for the actors' for ever. The cores stay as many.
     ray.init(num_cpus=2 * asked["actors"], include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    small = 2 * asked["batch"]
+    small = min(2 * asked["batch"], len(asked["paths"]) // 2)
     featurize(asked, small)
     wait_for_go()
     small_seconds = featurize(asked, small)

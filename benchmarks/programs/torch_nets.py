@@ -29,7 +29,7 @@ class Fire(nn.Module):
 
 
 def vgg16(until: str) -> nn.Sequential:
-    """VGG16 up to `fc2` (4,096 features after its ReLU) or `block5_pool` (25,088, flattened)."""
+    """VGG16 up to `fc2` (4,096 features after its ReLU) or a pooling such as `block5_pool` (25,088, flattened)."""
     layers: list[nn.Module] = []
     channels = 3
     for block, (width, depth) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)), start=1):
