@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,24 @@ def test_ctrl_c_ends_the_program_with_130(nets: Path) -> None:
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.spark
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_during_a_spark_job(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kindling", "demo", "--out", "demo"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "LeNet learns" in line:
+                break
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Interrupted." in err
     assert "Traceback" not in err
 
 

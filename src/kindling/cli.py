@@ -8,7 +8,10 @@ are in `options.py`, how results, errors and exit codes come out in `console.py`
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,8 +74,15 @@ def _spark(master: str | None, remote: str | None, log: str) -> SparkSession:
     # log of a session that runs already, or of a server elsewhere, is not ours to set.
     ours = SparkSession.getActiveSession() is None and (remote is None or remote.startswith("local"))
     session = kd.spark(master, remote, conf={"spark.log.level": log.upper()} if ours else None)
+    if ours and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)  # Spark's own handler calls Java amid a call that waits for Java
     _sessions.append(session)
     return session
+
+
+def _interrupt(*_: object) -> None:
+    logging.disable(logging.CRITICAL)  # py4j logs a traceback of the call that is broken off
+    raise KeyboardInterrupt
 
 
 def _refuse_to_replace(out: str, overwrite: bool) -> None:

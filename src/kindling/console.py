@@ -72,14 +72,12 @@ def command(*, as_json: bool) -> Iterator[Output]:
     """
     output = Output(sys.stdout, as_json=as_json)
     try:
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # a stray print, of a library or a user's net, must not spoil the result
+        with contextlib.redirect_stdout(sys.stderr):  # a library's stray print must not spoil the result
             yield output
-    except KeyboardInterrupt:
-        say("Interrupted.", style="yellow")
-        raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted(error):
+            say("Interrupted.", style="yellow")
+            raise SystemExit(INTERRUPTED) from None
         message = explain(error)
         if message is None:
             raise
@@ -129,6 +127,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: clean-up that fails because the work was broken off raises an error of its own.
+
+    >>> interrupted(KeyboardInterrupt()), interrupted(ValueError())
+    (True, False)
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def explain(error: BaseException) -> str | None:
