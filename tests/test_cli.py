@@ -326,6 +326,17 @@ def test_evaluate_and_predict(
 
 
 @pytest.mark.spark
+@pytest.mark.needs_data
+def test_transfer_on_real_photos_with_real_weights(spark: Any, data_dir: Path, tmp_path: Path) -> None:
+    words = ["transfer", data_dir / "caltech101_mini", "--net", "squeezenet1_1", "--out", tmp_path / "model"]
+    words += ["--weights", next((data_dir / "squeezenet_v1.1_keras").glob("*.h5")), "--epochs", "20", "--lr", "0.02"]
+    data = answer(*words)
+    assert sum(data["rows"].values()) == 300
+    assert len(data["labels"]) == 10
+    assert data["accuracy"]["test"] > 0.8  # 0.1 is chance
+
+
+@pytest.mark.spark
 def test_featurize_counts_broken_photos(spark: Any, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "photos" / "0").mkdir(parents=True)
     good = next(iter(photos.glob("0/*.png"))).read_bytes()

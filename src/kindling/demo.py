@@ -155,7 +155,8 @@ def run(spark: SparkSession, folder: Path) -> Demonstrated:
 
     with clock.phase("save, reload, classify one file"):
         trunk.then(head.module, labels=labels, name="predictions").save(folder / "model")
-        picture = max((folder / "digits" / "7").glob("*.png"))
+        learnt = {path.rsplit("/", 1)[1] for path in paths}
+        picture = max(file for file in (folder / "digits" / "7").glob("*.png") if file.name not in learnt)
         (answer,) = kd.load(folder / "model").predict([str(picture)])
     return Demonstrated(
         first=first,
