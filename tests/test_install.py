@@ -55,10 +55,9 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_its_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {
-        f"kindling/{path.relative_to(ROOT / 'src/kindling').as_posix()}"
-        for path in (ROOT / "src/kindling").rglob("*.py")
-    }
+    package = ROOT / "src/kindling"
+    files = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
+    sources = {f"kindling/{path.as_posix()}" for path in files if "__pycache__" not in path.parts}
     assert sources <= set(names)
     assert "kindling/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
