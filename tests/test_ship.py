@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from pyspark import SparkFiles
 from torch import nn
 
 from kindling import ship
@@ -91,6 +93,24 @@ def test_a_file_is_sent_once_and_found_whole(spark: Any, tmp_path: Path, monkeyp
 
     got = spark.range(0, 1, 1, 1).mapInArrow(read, "data binary").collect()
     assert bytes(got[0]["data"]) == bytes(range(256)) * 99
+
+
+@pytest.mark.spark
+@pytest.mark.sessions
+def test_the_workers_of_a_host_open_one_file(spark: Any) -> None:
+    spec = ship.ship_module(spark, nn.Linear(5, 5))
+
+    def look(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            time.sleep(1)  # long enough for both executors to be given a task
+            found = ship.locate(spec.weights).stat()
+            own = SparkFiles.get(spec.weights)
+            yield pa.RecordBatch.from_pydict({"inode": [found.st_ino], "own": [own]})
+
+    rows = spark.range(0, 4, 1, 4).mapInArrow(look, "inode long, own string").collect()
+    assert len({row["inode"] for row in rows}) == 1
+    if "local-cluster" in spark.conf.get("spark.master", ""):
+        assert len({row["own"] for row in rows}) == 2, "one executor did all the work, nothing was tested"
 
 
 @pytest.mark.spark

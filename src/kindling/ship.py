@@ -103,7 +103,35 @@ def locate(name: str) -> Path:
             f"file {name!r} was sent with the session but is not at {path} on this worker. "
             "Was the session that sent it stopped? Run the call again in the new session."
         )
-    return path
+    return _shared(path)
+
+
+_APPLICATION_FOLDER = re.compile(r"app(lication_|-)\d+")
+"""Names that Spark's standalone workers and YARN give to an application's folder on a host."""
+
+
+def _shared(path: Path) -> Path:
+    """The same file under a name that all executors of the application on this host have in common, if there is such.
+
+    Each executor fetches a copy of its own, in a folder of its own; through a hard link in the application's folder,
+    which goes when the application does, all of them map the pages of the first one's.
+    """
+    path = path.resolve()
+    executor = (
+        path.parent.parent
+        if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", path.parent.name)
+        else path.parent
+    )
+    if not _APPLICATION_FOLDER.match(executor.parent.name):
+        return path
+    common = executor.parent / path.name
+    try:
+        os.link(path, common)
+    except FileExistsError:
+        pass
+    except OSError:
+        return path
+    return common if common.stat().st_size == path.stat().st_size else path
 
 
 def digest(path: str | Path) -> str:
@@ -353,7 +381,7 @@ class guard:
     ...     raise DataError("row 3 has no label")
     >>> list(guard(work)([]))
     Traceback (most recent call last):
-    RuntimeError: <<kindling:...>>
+    RuntimeError: row 3 has no label <<kindling:...>>
     """
 
     def __init__(self, work: Callable[[Iterator[Any]], Iterable[Any]]) -> None:
@@ -363,7 +391,8 @@ class guard:
         try:
             yield from self.work(batches)
         except KindlingError as error:
-            raise RuntimeError(to_wire(error)) from None
+            # Readable too, for those who run a lazy frame themselves and see what Spark makes of it.
+            raise RuntimeError(f"{error} {to_wire(error)}") from None
 
 
 def unwrap(error: BaseException) -> NoReturn:

@@ -206,6 +206,7 @@ def test_a_list_and_a_dataframe_are_answered_alike(spark: Any) -> None:
         assert [pair["label"] for pair in answer["top_k"]] == [pair["label"] for pair in row["top_k"]]
 
 
+@pytest.mark.sessions
 def test_photos_are_read_and_left_out_of_the_answer(spark: Any) -> None:
     def png(colour: tuple[int, int, int]) -> bytes:
         file = io.BytesIO()
@@ -216,6 +217,7 @@ def test_photos_are_read_and_left_out_of_the_answer(spark: Any) -> None:
     model = Model.of(net, inputs=ImageStep("image", size=(4, 4)), labels=["red", "green", "blue"])
     data = [("r", png((200, 0, 0))), ("b", png((0, 0, 90))), ("x", b"not a photo"), ("n", None)]
     frame = spark.createDataFrame(data, "path string, content binary")
+    assert batch.choose_precision(model, frame).reason  # photos reach the comparison, broken ones do not stop it
     got = model.predict(frame)
     assert got.columns == ["path", "prediction", "probability", "top_k", "error"]
     rows = by_path(got)

@@ -21,7 +21,7 @@ from torch import nn
 import kindling
 from kindling.errors import ConfigError, DataError, FormatError
 from kindling.model import Model
-from kindling.predict import batch, output
+from kindling.predict import output
 from kindling.prepare import ArrayStep, Preparation
 
 pytestmark = pytest.mark.spark
@@ -322,6 +322,27 @@ def test_a_run_killed_half_way_goes_on_where_it_stopped(
     assert not list(store.folder.glob("_temporary*"))
 
 
+@pytest.mark.sessions
+def test_the_bar_of_connect_watches_and_leaves(store: Store) -> None:
+    from kindling import ship
+
+    if not ship.is_connect(store.spark):
+        pytest.skip("looks into Spark Connect")
+    shown: list[tuple[int, int, int]] = []
+    handlers = list(store.spark.client._progress_handlers)
+    with output._watch_connect(store.spark, lambda *figures: shown.append(figures)):
+        store.spark.range(0, 4, 1, 4).mapInArrow(_slowly, "id long").collect()
+    assert store.spark.client._progress_handlers == handlers
+    assert shown
+    assert all(done <= total for done, total, _ in shown)
+
+
+def _slowly(batches: Any) -> Any:
+    for rows in batches:
+        time.sleep(2)
+        yield rows
+
+
 def test_the_bar_moves_and_the_session_is_left_as_it_was(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from kindling import ship
 
@@ -347,4 +368,3 @@ def test_a_folder_with_photos_of_two_runs_is_one_dataframe(store: Store) -> None
     store.run(photos(10))
     store.run(photos(20))
     assert store.spark.read.parquet(str(store.folder).replace("[", "\\[").replace("]", "\\]")).count() == 20
-    assert batch.SAMPLE_ROWS > 0
