@@ -141,6 +141,10 @@ class _Worker:
         if spec.workers > 1:
             from datetime import timedelta
 
+            # The first optimizer imports it. Imported while a group exists, it keeps the group alive (seen with torch
+            # 2.13): its connections then stay open, and the others wait a minute for a worker that has given up.
+            import torch._dynamo  # noqa: F401
+
             _use_interface(meeting.host)
             dist.init_process_group(
                 "gloo",
@@ -151,6 +155,8 @@ class _Worker:
             )
         try:
             comms = GroupComms() if spec.workers > 1 else SoloComms()
+            # gloo may connect only now; a worker that stopped before would keep the others trying for a minute.
+            comms.meet()
             yield from self._report(self._loop(feed, validation, meeting, comms, place), meeting, place)
             comms.meet()  # nobody leaves while another still needs the store
         except KindlingError as error:
