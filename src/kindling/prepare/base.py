@@ -8,6 +8,7 @@ a bundle can name steps but never bring code. Knows numpy, pyarrow and torch; no
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -33,7 +34,7 @@ class Packed:
     errors: Mapping[int, str]
 
 
-class Step:
+class Step(ABC):
     """One named input or target: the columns it reads, what it keeps of them, the tensor it makes.
 
     Subclasses are frozen dataclasses whose fields are JSON values; `@step_type("kind")` registers them.
@@ -45,17 +46,17 @@ class Step:
     column: str
     """The DataFrame column it reads."""
 
+    @abstractmethod
     def pack(self, rows: pa.RecordBatch) -> Packed:
         """Compact arrays of the good rows of one Arrow batch; a row that cannot be used is reported, never raised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
         """The tensor the net takes, from packed arrays of any number of rows. `rng` is None outside training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed_spec(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Packed column name -> (numpy dtype name, shape of one row)."""
-        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -134,18 +133,3 @@ def keep_newest(place: Place, count: int) -> None:
         names = place.list(_folder(step))
         for name in sorted(names, key=lambda n: not n.endswith("manifest.json")):
             place.delete(name)
-
-
-def newest_whole(place: Place, rank: int, world: int, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose part for this worker is whole; each damaged one is told to `say`."""
-    for step in steps_on_disk(place):
-        try:
-            return read_part(place, step, rank, world)
-        except FormatError as error:
-            say(f"{error} The one before it is used.")
-    return None
-
-
-def clone_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Module and optimizer as nested state for `write_part`."""
-    return {"module": dict(module.state_dict()), "optimizer": optimizer.state_dict()}

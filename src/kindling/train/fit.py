@@ -410,7 +410,7 @@ def route_keys(workers: int) -> tuple[int, ...]:
     """One shuffle key per worker, such that `repartition(workers, key)` sends each to a partition of its own.
 
     >>> route_keys(3)
-    (5, 3, 0)
+    (3, 0, 1)
     """
     found: dict[int, int] = {}
     key = 0
