@@ -33,7 +33,7 @@ class Model:
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     >>> model = Model.of(net, column="features", shape=(4,), labels=["setosa", "versicolor", "virginica"])
     >>> model
-    Model 'Sequential': features (N, 4) float32 -> output (N, 3) float32; 3 labels; 67 parameters, none frozen
+    Model 'Sequential': features (N, 4) float32 -> 2 (N, 3) float32; 3 labels; 67 parameters, none frozen
     >>> model.until("0").signature.outputs["0"].shape
     ('N', 8)
     """

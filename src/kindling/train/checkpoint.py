@@ -26,6 +26,7 @@ CHECKPOINT_VERSION = 1
 def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     """A nested state as JSON; tensors are put aside under numbered names.
 
+    >>> import torch
     >>> put_aside: dict[str, Tensor] = {}
     >>> encode({0: {"step": torch.tensor(3.0), "betas": (0.9, 0.999)}}, put_aside)
     {'dict': [[0, {'dict': [['step', {'tensor': 't0'}], ['betas', {'tuple': [0.9, 0.999]}]]}]]}
