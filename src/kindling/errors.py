@@ -83,7 +83,7 @@ def did_you_mean(seen: str, known: Iterable[str]) -> str:
     """A closing phrase that offers near misses, or lists the first names when nothing is near.
 
     >>> did_you_mean("fc22", ["fc1", "fc2"])
-    " Did you mean 'fc2' or 'fc1'?"
+    " Did you mean 'fc2'?"
     >>> did_you_mean("zzz", ["fc1", "fc2"])
     " There are: 'fc1', 'fc2'."
     """
