@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kindling.errors import DataError, KindlingError, ModelError, SessionError, from_text, to_wire
+from kindling.errors import ConfigError, DataError, KindlingError, ModelError, SessionError, from_text, to_wire
 
 if TYPE_CHECKING:
     import torch
@@ -319,6 +319,25 @@ def _pickled(module: nn.Module, named: dict[int, str], loose: dict[str, Tensor])
     with user_code_by_value():
         Pickler(buffer).dump(module)
     return buffer.getvalue()
+
+
+def pickled(thing: Any, name: str) -> bytes:
+    """A user's function or object as bytes that a worker can open, though it lacks the user's own files.
+
+    Raises: ConfigError, naming the setting `name`, when it cannot be pickled.
+    """
+    import cloudpickle
+
+    try:
+        with user_code_by_value():
+            return bytes(cloudpickle.dumps(thing))
+    except Exception as error:
+        raise ConfigError(
+            name,
+            thing,
+            f"cannot be sent to the workers: {error}",
+            "Use functions and classes without open files or locks",
+        ) from error
 
 
 @contextmanager

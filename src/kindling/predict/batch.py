@@ -586,8 +586,6 @@ def evaluate(
     Raises: DataError, for missing columns, no usable rows, and broken rows with `on_error="fail"`; ConfigError, for a
         model without a target.
     """
-    import cloudpickle
-
     if on_error == "keep":
         on_error = "drop"  # a row that cannot be compared with its target has no other place than the list
     if not model.preparation.targets:
@@ -612,7 +610,7 @@ def evaluate(
         named_by=named_by,
         on_error=on_error,
         targets=True,
-        finish=partial(finish_tally, classes, cloudpickle.dumps(loss)),
+        finish=partial(finish_tally, classes, ship.pickled(loss, "loss")),
     )
     tallies = _selected(job, df).mapInArrow(ship.guard(partial(run_job, job)), TALLY_SCHEMA)
     whole = tallies.repartition(1).mapInArrow(ship.guard(partial(merge_tallies, classes)), TALLY_SCHEMA)

@@ -108,7 +108,7 @@ def fit(
             preparation=tail_preparation.to_json(),
             frozen=model.frozen,
             classes=classes,
-            callables=_callables(make_optimizer, loss, strategy),
+            callables=ship.pickled((make_optimizer, loss, strategy), "optimizer, loss"),
             run_directory=place.path if place else None,
             directory_asked=run is not None,
             beacon=beacon,
@@ -332,21 +332,6 @@ def _rehearse(
             "Give a function of parameters that returns a torch optimizer: partial(torch.optim.SGD, lr=0.1)",
         )
     return len(labels) if labels is not None else None
-
-
-def _callables(make_optimizer: OptimizerFactory, loss: Callable[..., Any], strategy: Strategy) -> bytes:
-    import cloudpickle
-
-    try:
-        with ship.user_code_by_value():
-            return bytes(cloudpickle.dumps((make_optimizer, loss, strategy)))
-    except Exception as error:
-        raise ConfigError(
-            "optimizer, loss",
-            (make_optimizer, loss),
-            f"cannot be sent to the workers: {error}",
-            "Use functions and classes without open files, locks or sessions",
-        ) from error
 
 
 def _describe(
