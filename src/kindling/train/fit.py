@@ -29,7 +29,7 @@ from kindling.train import spool
 from kindling.train.events import Event, Listener
 from kindling.train.progress import TrainingBar
 from kindling.train.settings import ON_ERROR, LoopSettings, WorkerSpec
-from kindling.train.worker import REPORT_SCHEMA, run_worker
+from kindling.train.worker import NO_ROWS, REPORT_SCHEMA, run_worker
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +261,7 @@ def _prefix(
         module=ship.ship_module(spark, split.prefix, dtype=PRECISIONS[chosen.name]),
         signature=split.prefix_signature.to_json(),
         precision=chosen.name,
-        batch_size=net_batch(split.prefix_signature),
+        batch_size=net_batch(split.prefix_signature, split.prefix),
     )
     return spec, chosen.to_json()
 
@@ -559,7 +559,8 @@ def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contex
             raise from_text(bytes(row["data"]).decode()) or SessionError("a worker failed without saying why.")
     reports = {row["rank"]: json.loads(bytes(row["data"])) for row in rows if row["kind"] == "report"}
     if not reports:
-        raise SessionError("the workers came back without a report. Was the job cancelled from outside?")
+        # Spark 3.5 leaves out a stage that it knows to have no input.
+        raise DataError(NO_ROWS)
     events = [
         Event.from_line(line)
         for row in rows

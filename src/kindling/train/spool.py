@@ -136,8 +136,10 @@ def _pack(spec: PackSpec, batches: Iterator[pa.RecordBatch], out: _Outbox) -> It
 
 def _open_engine(prefix: PrefixSpec, preparation: Any) -> Any:
     from kindling import ship
-    from kindling.predict.engine import Engine
+    from kindling.predict.engine import Engine, keep_freed_memory
     from kindling.signature import Signature
+
+    keep_freed_memory()
 
     return Engine(
         ship.open_module(prefix.module),
