@@ -150,6 +150,7 @@ CASES = [
 
 
 @pytest.mark.spark
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_tiny_preset(run: Any, harness: Any, spark: Any, tmp_path: Path, name: str) -> None:
     pytest.importorskip("sklearn")
