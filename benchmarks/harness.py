@@ -290,8 +290,9 @@ def run_together(
 ) -> list[dict[str, Any]]:
     """Run `programs/PROGRAM.py` once per spec, all at the same time, and return the JSON object each printed last.
 
-    Each child gets its spec as JSON on the command line. A child that prepares first and times afterwards prints
-    the line `ready` and waits for a line on its standard input; all are let go together when the last is ready.
+    Each child gets its spec as one line of JSON on its standard input (a command line is too short for many paths).
+    A child that prepares first and times afterwards prints the line `ready` and waits for another line; all are let go
+    together when the last is ready.
     """
     bare = {
         key: value
@@ -301,7 +302,7 @@ def run_together(
     bare |= {"PYTHONPATH": str(REPOSITORY), **(env or {})}
     children = [
         subprocess.Popen(
-            [str(python), "-m", f"benchmarks.programs.{program}", json.dumps(spec)],
+            [str(python), "-m", f"benchmarks.programs.{program}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -309,7 +310,7 @@ def run_together(
             env=bare,
             cwd=tempfile.gettempdir(),  # Spark and Ray leave folders where they were started
         )
-        for spec in specs
+        for _ in specs
     ]
     # Nobody reads the children's standard error while they wait for each other: a full pipe would stop them.
     errors: list[list[str]] = [[] for _ in children]
@@ -322,13 +323,13 @@ def run_together(
     try:
         for drain in drains:
             drain.start()
+        for child, spec in zip(children, specs, strict=True):
+            _tell(child, json.dumps(spec))
         answers: list[dict[str, Any]] = []
         for child in children:
             _until_ready(child)
         for child in children:
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write("go\n")
-                child.stdin.flush()
+            _tell(child, "go")
         for child, drain, said in zip(children, drains, errors, strict=True):
             lines = child.stdout.read().strip().splitlines()
             code = child.wait()
@@ -347,6 +348,12 @@ def run_together(
                 with contextlib.suppress(OSError):
                     pipe.close()
             child.wait()
+
+
+def _tell(child: subprocess.Popen[str], line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # a child that has failed says why at its end
+        child.stdin.write(line + "\n")
+        child.stdin.flush()
 
 
 def _until_ready(child: subprocess.Popen[str]) -> None:

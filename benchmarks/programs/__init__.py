@@ -1,8 +1,8 @@
 """Programs that the cases run in processes of their own: the ceilings, the plain scripts, the peers.
 
 None of them imports kindling (but for `weigh`, which measures its workers): they are what one would write without it.
-Each takes one JSON object on its command line, prints `ready` when it has prepared, waits for a line on its standard
-input, works, and prints one JSON object last.
+Each takes one JSON object as the first line of its standard input, prints `ready` when it has prepared, waits for
+another line, works, and prints one JSON object last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 def spec() -> dict[str, Any]:
     """What the runner asks for."""
-    asked: dict[str, Any] = json.loads(sys.argv[1])
+    asked: dict[str, Any] = json.loads(sys.stdin.readline())
     return asked
 
 

@@ -8,7 +8,7 @@ from benchmarks.programs import answer, spec, wait_for_go
 
 
 def main() -> None:
-    """Spec: arrays, part, parts, batch, epochs, threads, lr, momentum, nesterov, seed. Answers each epoch's seconds."""
+    """Spec: arrays, part, parts, batch, epochs, threads, seed, and SGD's settings. Answers each epoch's seconds."""
     asked = spec()
     import numpy as np
     import torch
@@ -25,7 +25,11 @@ def main() -> None:
         classes = int(arrays["y"].max()) + 1
     module = nn.Linear(x.shape[1], classes)
     optimizer = torch.optim.SGD(
-        module.parameters(), lr=asked["lr"], momentum=asked["momentum"], nesterov=asked["nesterov"]
+        module.parameters(),
+        lr=asked["lr"],
+        momentum=asked["momentum"],
+        nesterov=asked["nesterov"],
+        fused=asked["fused"],
     )
     loss = nn.CrossEntropyLoss()
     wait_for_go()

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 import kindling as kd
 from kindling.console import Clock, say
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ def transfer(
 ) -> Transferred:
     """Train a new head for `photos` on what `net`, cut and left as it is, says about them.
 
+    The head sees features of mean 0 and deviation 1; that is folded into its weights when they are trained.
+
     Args:
         photos: path, label, content, as `kindling.read.images` gives them.
         net: cut where its features are best, `kindling.load("vgg16", weights=...).until("fc2")`; where it ends in
@@ -88,7 +94,7 @@ def transfer(
         raise kd.errors.ConfigError("shares", tuple(shares), "leaves nothing to train or to test on", "Give all three")
     clock = clock or Clock(quiet=True)
     trunk = _flat(net)
-    (size,) = next(iter(trunk.signature.outputs.values())).shape[1:]
+    size = int(next(iter(trunk.signature.outputs.values())).shape[1])
     with clock.phase("featurise"):
         frame = trunk.featurize(photos, out=features, on_error="keep", precision=precision)
         cached = None if features else frame.cache()
@@ -108,9 +114,11 @@ def transfer(
         labels = kd.labels(parts[0])
         sizes = " + ".join(f"{count:,}" for count in counts)
         say(f"{sizes} photos to train, validate and test on; {len(labels)} labels")
-    with seeded(seed):
-        head = kd.Model.of(nn.Linear(int(size), len(labels)), column="features", shape=(int(size),), labels=labels)
     with clock.phase("train"):
+        with seeded(seed):
+            standardise, classes = _standardising(*kd.read.moments(parts[0])), nn.Linear(size, len(labels))
+        layers = OrderedDict(standardise=standardise, classes=classes)
+        head = kd.Model.of(nn.Sequential(layers), shape=(size,), labels=labels).freeze(until="standardise")
         head = head.fit(
             parts[0],
             validation=parts[1] if counts[1] else None,
@@ -120,7 +128,10 @@ def transfer(
             strategy=strategy,
             workers=workers,
             seed=seed,
+            precision="fp32",
         )
+        trained = cast("nn.Linear", head.module.get_submodule("classes"))
+        head = dataclasses.replace(head, module=_folded(standardise, trained), frozen=frozenset())
     with clock.phase("evaluate"):
         train, valid, test = (head.evaluate(part) if count else None for part, count in zip(parts, counts, strict=True))
     if cached is not None:
@@ -130,6 +141,30 @@ def transfer(
     assert test is not None
     model = dataclasses.replace(model, history=(*model.history, *head.history))
     return Transferred(model=model, train=train, valid=valid, test=test, broken=broken)
+
+
+def _standardising(mean: np.ndarray, deviation: np.ndarray) -> nn.BatchNorm1d:
+    """A layer that brings each feature to mean 0 and deviation 1; one that never changes is only moved to 0."""
+    import torch
+
+    layer = torch.nn.BatchNorm1d(len(mean), eps=1e-12, affine=False)
+    steady = deviation <= 1e-6 * deviation.max()
+    layer.running_mean = torch.tensor(mean, dtype=torch.float32)
+    layer.running_var = torch.tensor(np.where(steady, 1.0, deviation) ** 2, dtype=torch.float32)
+    return layer
+
+
+def _folded(standardise: nn.BatchNorm1d, classes: nn.Linear) -> nn.Linear:
+    """One linear layer that does the same as both."""
+    import torch
+
+    assert standardise.running_mean is not None
+    assert standardise.running_var is not None
+    weight = classes.weight.detach().double() * torch.rsqrt(standardise.running_var.double() + standardise.eps)
+    bias = classes.bias.detach().double() - weight @ standardise.running_mean.double()
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return layer.eval()
 
 
 @contextlib.contextmanager

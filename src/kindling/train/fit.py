@@ -440,12 +440,13 @@ def slots(spark: SparkSession, patience_s: float = 20.0, wanted: int = 1) -> int
         return None
     context = spark.sparkContext
     scala = context._jsc.sc()
-    deadline = time.monotonic() + patience_s
+    # Executors of a cluster register one after the other; those of local[n] are there from the start.
+    deadline = time.monotonic() + (0.0 if master.startswith("local") else patience_s)
     while True:
         free = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
         if free >= wanted or time.monotonic() > deadline:
             return free
-        time.sleep(0.25)  # executors register one after the other
+        time.sleep(0.25)
 
 
 def _workers(spark: SparkSession, asked: int | None) -> int:

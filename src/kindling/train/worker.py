@@ -69,6 +69,7 @@ class _Meeting:
     notes: list[Mapping[str, Any]]
     attempt: int
     directory_seen: bool
+    one_machine: bool
 
 
 class _Worker:
@@ -125,7 +126,7 @@ class _Worker:
 
         from kindling.train.loop import Feed
         from kindling.train.spool import TRAIN, VALIDATION
-        from kindling.train.strategies import GroupComms, SoloComms
+        from kindling.train.strategies import Comms, GroupComms, SharedMemoryComms, SoloComms
 
         spec = self.spec
         feed, validation = Feed(spool.rows(TRAIN)), Feed(spool.rows(VALIDATION))
@@ -155,7 +156,10 @@ class _Worker:
                 timeout=timedelta(seconds=spec.collective_timeout_s),
             )
         try:
-            comms = GroupComms() if spec.workers > 1 else SoloComms()
+            comms: Comms = SoloComms()
+            if spec.workers > 1:
+                shared = SharedMemoryComms.open(store) if meeting.one_machine else None
+                comms = shared or GroupComms()
             # gloo may connect only now; a worker that stopped before would keep the others trying for a minute.
             comms.meet()
             yield from self._report(self._loop(feed, validation, meeting, comms, place), meeting, place)
@@ -179,6 +183,8 @@ class _Worker:
         """The one meeting through Spark: addresses, counts, and whether anybody has bad news."""
         from pyspark import BarrierTaskContext
 
+        from kindling.train.strategies.shared_memory import host_token
+
         context = BarrierTaskContext.get()
         host = context.getTaskInfos()[self.rank].address.rpartition(":")[0] or "127.0.0.1"
         store, port = _open_store(self.rank, host, self.spec.workers)
@@ -197,6 +203,7 @@ class _Worker:
             "classes": _classes_seen(feed, self.spec) if self.spec.classes else [],
             "sees": sees,
             "attempt": attempt,
+            "machine": host_token(),
         }
         everyone = [json.loads(text) for text in context.allGather(json.dumps(mine))]
         self.met = True
@@ -220,6 +227,7 @@ class _Worker:
             notes=[note for one in everyone for note in one["notes"]],
             attempt=everyone[0]["attempt"],
             directory_seen=all(one["sees"] for one in everyone),
+            one_machine=bool(mine["machine"]) and len({one["machine"] for one in everyone}) == 1,
         )
         if store is None and self.spec.workers > 1:
             store = _join_store(meeting.host, meeting.port, self.spec.workers, self.spec.meeting_timeout_s)
@@ -227,7 +235,6 @@ class _Worker:
 
     def _loop(self, feed: Any, validation: Any, meeting: _Meeting, comms: Any, place: Place | None) -> tuple[Any, Any]:
         import cloudpickle
-        import torch
 
         from kindling import ship, surgery
         from kindling.prepare import Preparation
@@ -240,14 +247,13 @@ class _Worker:
         make_optimizer, loss, strategy = cloudpickle.loads(spec.callables)
         module = _own_copy(ship.open_module(spec.module))
         surgery.set_training(module, spec.frozen)
-        trainable = [p for p in module.parameters() if p.requires_grad]
         try:
-            optimizer: torch.optim.Optimizer = make_optimizer(trainable)
+            replica = Replica.of(module, make_optimizer)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"the optimizer could not be made: {error}.") from error
         loop = Loop(
             settings=spec.loop,
-            replica=Replica(module, optimizer),
+            replica=replica,
             strategy=strategy,
             comms=comms,
             signature=Signature.from_json(spec.signature),

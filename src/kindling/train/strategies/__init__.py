@@ -4,6 +4,7 @@ from kindling.train.strategies.all_reduce import AllReduce
 from kindling.train.strategies.base import Replica, State, Strategy
 from kindling.train.strategies.comms import Comms, GroupComms, InProcessComms, SoloComms
 from kindling.train.strategies.parameter_averaging import ParameterAveraging
+from kindling.train.strategies.shared_memory import SharedMemoryComms
 
 STRATEGIES: dict[str, type[Strategy]] = {"allreduce": AllReduce, "averaging": ParameterAveraging}
 """Every strategy by the name it has on the command line and in `run.json`."""
@@ -16,6 +17,7 @@ __all__ = [
     "InProcessComms",
     "ParameterAveraging",
     "Replica",
+    "SharedMemoryComms",
     "SoloComms",
     "State",
     "Strategy",

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kindling.train.strategies.base import Replica, State, Strategy, average_into, by_dtype, flatten, unflatten_into
+from kindling.train.strategies.base import Replica, State, Strategy, average_into
 from kindling.train.strategies.comms import Comms
 
 
@@ -36,8 +36,7 @@ class AllReduce(Strategy):
         for parameter in parameters:
             if parameter.grad is None:  # no rows here, or a branch not taken here: the others may have it
                 parameter.grad = torch.zeros_like(parameter)
-        for group in by_dtype([p.grad for p in parameters if p.grad is not None]):
-            unflatten_into(comms.all_reduce(flatten(group)), group)
+        comms.sum_all([p.grad for p in parameters if p.grad is not None])
         return {
             **state,
             "rows": state.get("rows", 0) + int(rows_W[comms.rank]),

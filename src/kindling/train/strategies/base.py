@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +28,22 @@ class Replica:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Replica:
+        """A module with an optimizer of its trainable parameters, which takes its fused step where torch has one.
+
+        A fused step reads and writes the weights once: for a large linear layer half the time of a step. Its sums
+        differ from the unfused step's in the last bit; `fused=False` or `foreach=True` in the optimizer keeps those.
+        """
+        optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
+        sparse = any(getattr(layer, "sparse", False) for layer in module.modules())  # refused by fused steps
+        for group in optimizer.param_groups:
+            unasked = "fused" in group and group["fused"] is None and not group.get("foreach")
+            whole = all(p.is_floating_point() for p in group["params"])
+            if unasked and whole and not sparse and not group.get("differentiable"):
+                group["fused"] = True
+        return cls(module, optimizer)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, in the module's order."""
@@ -112,43 +128,9 @@ class Strategy(ABC):
         return state
 
 
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """One flat copy of several tensors of one dtype (float32 when there is none)."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors]) if tensors else torch.empty(0)
-
-
-def unflatten_into(flat: Tensor, tensors: Iterable[Tensor]) -> None:
-    """Copy a flat vector made by `flatten` back into the tensors it came from.
-
-    >>> a, b = torch.zeros(2), torch.zeros(1, 1)
-    >>> unflatten_into(torch.tensor([1.0, 2.0, 3.0]), [a, b])
-    >>> a, b
-    (tensor([1., 2.]), tensor([[3.]]))
-    """
-    start = 0
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-            start += tensor.numel()
-
-
-def by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors grouped by dtype, the groups in order of first appearance."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())
-
-
 def average_into(tensors: Sequence[Tensor], share: float, comms: Comms) -> None:
     """Replace the tensors by their weighted mean over the workers; `share` is this worker's weight, all sum to 1."""
-    if comms.world == 1:
-        return
-    for group in by_dtype(tensors):
-        flat = flatten(group)
-        # A worker that saw no row must not spoil the mean, not even with a number that is none.
-        flat = torch.zeros_like(flat) if share == 0 else flat.mul_(share)
-        unflatten_into(comms.all_reduce(flat), group)
+    comms.sum_all(tensors, share)
 
 
 def average_optimizer(replica: Replica, share: float, comms: Comms) -> None:

@@ -1,14 +1,15 @@
 """Comms: the one seam through which workers talk, with its byte count and its in-process stand-ins.
 
-`GroupComms` is a `torch.distributed` group; `InProcessComms` are threads of one process, for tests; `SoloComms` is a
-worker alone. A strategy never sees which one it has.
+`GroupComms` is a `torch.distributed` group, with a faster way within one host in `shared_memory.py`;
+`InProcessComms` are threads of one process, for tests; `SoloComms` is a worker alone. A strategy never sees which one
+it has.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -29,9 +30,28 @@ class Comms(ABC):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the workers, in place; returns it. Every worker gets the same bits."""
         if self.world > 1:
-            self.bytes_sent += 2 * (self.world - 1) * tensor.numel() * tensor.element_size() // self.world
+            self._count(tensor.numel() * tensor.element_size())
             self._sum(tensor)
         return tensor
+
+    def sum_all(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Replace each tensor by the sum of all workers' tensors, each times its own worker's `scale`.
+
+        With `scale` 0 a worker adds nothing, whatever its tensors hold.
+        """
+        if self.world == 1:
+            return
+        for group in by_dtype(tensors):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            flat = torch.zeros_like(flat) if scale == 0 else flat if scale == 1 else flat.mul_(scale)
+            self.all_reduce(flat)
+            start = 0
+            for tensor in group:
+                tensor.detach().copy_(flat[start : start + tensor.numel()].view_as(tensor))
+                start += tensor.numel()
+
+    def _count(self, size: int) -> None:
+        self.bytes_sent += 2 * (self.world - 1) * size // self.world
 
     def gather(self, vector: np.ndarray) -> list[np.ndarray]:
         """Every worker's int64 vector, by rank; lengths may differ."""
@@ -51,6 +71,14 @@ class Comms(ABC):
 
     @abstractmethod
     def _sum(self, tensor: Tensor) -> None: ...
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors grouped by dtype, the groups in order of first appearance."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
 
 
 class SoloComms(Comms):
