@@ -117,7 +117,7 @@ CASE = Case(
     run=run,
     presets={
         "tiny": {"per_class": 10, "backbones": ("SqueezeNet 1.1",), "every_strength": 7, "epochs": 2, "lr": 0.01},
-        "full": {"backbones": tuple(BACKBONES), "every_strength": 1, "epochs": 40, "lr": 0.01},
+        "full": {"backbones": tuple(BACKBONES), "every_strength": 1, "epochs": 40, "lr": 0.003},
     },
     targets=tuple(Target(value=f"{name}: points behind scikit-learn", at_most=0.5) for name in BACKBONES),
     rounds=5,

@@ -115,8 +115,8 @@ CASE = Case(
             "backbones": tuple(BACKBONES),
             "every_strength": 1,
             "training": {
-                "squeezenet1_1": {"epochs": 30, "lr": 0.01, "weight_decay": 1e-4},
-                "mobilenet_v2": {"epochs": 30, "lr": 0.01, "weight_decay": 1e-3},
+                "squeezenet1_1": {"epochs": 30, "lr": 0.003, "weight_decay": 0.03},
+                "mobilenet_v2": {"epochs": 30, "lr": 0.003, "weight_decay": 0.01},
             },
         },
     },

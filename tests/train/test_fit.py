@@ -80,13 +80,14 @@ def test_a_net_learns_and_the_original_is_untouched(spark: Any, strategy: Any) -
     assert report.loss == pytest.approx(record["epochs"][-1]["validation"]["loss"], rel=1e-5)
 
 
-def test_one_worker_is_plain_torch(spark: Any) -> None:
-    """The same rows in the same order through a loop written out here."""
+@pytest.mark.parametrize("asked", [{}, {"fused": False}, {"foreach": True}], ids=str)
+def test_one_worker_is_plain_torch(spark: Any, asked: dict[str, bool]) -> None:
+    """The same rows in the same order through a loop written out here, with a fused step unless asked otherwise."""
     from kindling.train.order import epoch_order, plan_order, shard_of, static_order
 
     rows = blobs(100)
     df = frame(spark, rows)
-    trained = fit(net(), df, workers=1, epochs=3)
+    trained = fit(net(), df, workers=1, epochs=3, optimizer=partial(SGD, **asked))
     hashed = {r["path"]: r["h"] for r in df.selectExpr("path", "xxhash64(path) h").collect()}
     hashes = np.array([hashed[path] for path, _, _ in rows], np.int64).view(np.uint64)
     static = static_order(hashes, lambda row: b"")
@@ -94,7 +95,7 @@ def test_one_worker_is_plain_torch(spark: Any) -> None:
     x = torch.tensor([r[2] for r in rows])
     y = torch.tensor([int(r[1][1:]) for r in rows])
     module = net().module
-    optimizer = SGD(module.parameters())
+    optimizer = SGD(module.parameters(), **(asked or {"fused": True}))
     for epoch in (1, 2, 3):
         order = static[epoch_order(hashes[static], plan.place_of_own, epoch, 0)]
         for index in np.split(order, range(16, 100, 16)):

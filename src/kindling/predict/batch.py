@@ -83,8 +83,8 @@ class Block:
     """Row of the block -> why it could not."""
     results: dict[str, np.ndarray]
     """Output -> float32, shape (good rows, ...)."""
-    packed: dict[str, np.ndarray]
-    """Packed columns of the good rows."""
+    targets: dict[str, np.ndarray]
+    """Packed targets of the good rows."""
 
 
 Finish: TypeAlias = Callable[[Job, Iterator[Block]], Iterator[pa.RecordBatch]]
@@ -135,12 +135,14 @@ def _blocks(job: Job, engine: Engine, batches: Iterable[pa.RecordBatch]) -> Iter
     errors: dict[int, str] = {}
     arrays: list[Mapping[str, np.ndarray]] = []
     rows = usable = 0
+    target_columns = [name for step in job.preparation.targets for name in step.packed_spec()] if job.targets else []
 
     def block() -> Block:
         good = np.ones(rows, bool)
         good[list(errors)] = False
         packed = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
-        return Block(kept, good, errors, engine.run(packed), packed)
+        # Photos are not kept beside their results: several blocks wait for each other further on.
+        return Block(kept, good, errors, engine.run(packed), {name: packed[name] for name in target_columns})
 
     for batch in batches:
         start = 0
@@ -175,10 +177,13 @@ def _row_name(job: Job, rows: pa.RecordBatch, row: int) -> str:
 
 def finish_lists(job: Job, blocks: Iterator[Block]) -> Iterator[pa.RecordBatch]:
     """Kept columns, one list of floats per output, and with `on_error="keep"` the errors."""
-    for group in _gathered(blocks):
+
+    def lists(group: list[Block]) -> pa.RecordBatch:
         good, errors = _whole(group)
         columns = [_floats(np.concatenate([b.results[name] for b in group]), good) for name in job.signature.outputs]
-        yield _record_batch(job, group, good, columns, errors)
+        return _record_batch(job, group, good, columns, errors)
+
+    return map(lists, _gathered(blocks))  # a loop's variables would keep one group while the next is computed
 
 
 def finish_top_k(labels: tuple[str, ...], k: int, job: Job, blocks: Iterator[Block]) -> Iterator[pa.RecordBatch]:
@@ -187,15 +192,18 @@ def finish_top_k(labels: tuple[str, ...], k: int, job: Job, blocks: Iterator[Blo
 
     names = pa.array(labels, pa.string())
     output = next(iter(job.signature.outputs))
-    for group in _gathered(blocks):
+
+    def best(group: list[Block]) -> pa.RecordBatch:
         good, errors = _whole(group)
         classes, probabilities = top_k(np.concatenate([b.results[output] for b in group]), k)
         found = names.take(pa.array(classes.ravel()))
         pairs = pa.StructArray.from_arrays([found, pa.array(probabilities.ravel())], ["label", "probability"])
         first = pa.array(_spread(classes[:, 0], good, -1), mask=~good)
-        best = pa.array(_spread(probabilities[:, 0], good, 0), mask=~good)
-        columns = [names.take(first), best, _lists(pairs, classes.shape[1], good)]
-        yield _record_batch(job, group, good, columns, errors)
+        highest = pa.array(_spread(probabilities[:, 0], good, 0), mask=~good)
+        columns = [names.take(first), highest, _lists(pairs, classes.shape[1], good)]
+        return _record_batch(job, group, good, columns, errors)
+
+    return map(best, _gathered(blocks))
 
 
 def finish_tally(classes: int | None, loss: bytes, job: Job, blocks: Iterator[Block]) -> Iterator[pa.RecordBatch]:
@@ -211,7 +219,7 @@ def finish_tally(classes: int | None, loss: bytes, job: Job, blocks: Iterator[Bl
     (step, *_) = job.preparation.targets
     for block in blocks:
         if len(block.results[output]):
-            outputs, targets = torch.from_numpy(block.results[output]), step.batch(block.packed)
+            outputs, targets = torch.from_numpy(block.results[output]), step.batch(block.targets)
             tally.update(outputs, targets, loss_rows(measure, outputs, targets).double())
         if block.errors:
             kept = pa.Table.from_batches(block.kept)
@@ -269,7 +277,6 @@ def _gathered(blocks: Iterator[Block]) -> Iterator[list[Block]]:
     n_bytes = rows = 0
     for block in blocks:
         group.append(block)
-        block.packed.clear()
         n_bytes += sum(array.nbytes for array in block.results.values())
         rows += len(block.good)
         if n_bytes >= _OUT_BYTES or rows >= _OUT_ROWS:

@@ -99,7 +99,7 @@ class Engine:
                     )
                 if name not in results:
                     kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
-                    results[name] = torch.empty((rows, *tensor.shape[1:]), dtype=kind).numpy()
+                    results[name] = _apart((rows, *tensor.shape[1:]), str(kind).removeprefix("torch."))
                 torch.from_numpy(results[name])[start : start + count].copy_(tensor[:count])
         return results
 
@@ -110,6 +110,13 @@ class Engine:
                 for name, tensor in self.preparation.batch(arrays, targets=False).items()
             }
             return self.signature.call(self.module, batch)
+
+
+def _apart(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array in Arrow's memory. Results outlive forward passes: amid the memory of activations they would break it
+    up, and the next pass would need new memory (see `keep_freed_memory`)."""
+    buffer = pa.allocate_buffer(math.prod(shape) * np.dtype(dtype).itemsize)
+    return np.frombuffer(buffer, dtype).reshape(shape)
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:

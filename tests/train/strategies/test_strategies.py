@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,3 +196,49 @@ def test_a_failing_worker_does_not_leave_the_others_waiting() -> None:
 
     with pytest.raises(ValueError, match="gone"):
         InProcessComms.run(3, work)
+
+
+@pytest.mark.parametrize(
+    ("make", "fused"),
+    [
+        (torch.optim.SGD, True),
+        (torch.optim.Adam, True),
+        (lambda p: torch.optim.SGD(p, foreach=True), None),
+        (lambda p: torch.optim.SGD(p, fused=False), False),
+        (lambda p: torch.optim.Adam(p, differentiable=True), None),
+    ],
+)
+def test_a_fused_step_unless_the_optimizer_says_otherwise(make: Callable[..., Any], fused: bool | None) -> None:
+    replica = Replica.of(_net(), make)
+    assert [group["fused"] for group in replica.optimizer.param_groups] == [fused]
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adadelta, lambda p: torch.optim.LBFGS(list(p))])
+def test_optimizers_without_a_fused_step(make: Callable[..., Any]) -> None:
+    assert not any(group.get("fused") for group in Replica.of(_net(), make).optimizer.param_groups)
+
+
+def test_sparse_gradients_take_no_fused_step() -> None:
+    net = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True), nn.Linear(4, 2))
+    replica = Replica.of(net, partial(torch.optim.SGD, lr=0.1))
+    net(torch.tensor([[1, 2]])).sum().backward()
+    before = net[0].weight.detach().clone()
+    replica.optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_fused_steps_agree_with_plain_ones() -> None:
+    batches = [_rows(8, step) for step in range(20)]
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad):
+        trained = []
+        for fused in (False, True):
+            net = _net()
+            optimizer = Replica.of(
+                net, partial(kind, lr=0.05) if fused else partial(kind, lr=0.05, fused=False)
+            ).optimizer
+            for x, y in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x), y).backward()
+                optimizer.step()
+            trained.append(_weights(net))
+        torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
