@@ -61,6 +61,9 @@ test-connect: setup
 test-all: test test-slow test-spark35  ## everything: adds the long fault, fuzz and accuracy suites and Spark 3.5
 test-slow: setup
 	$(PY) $(PYTEST) -m slow --timeout 1800
+	KINDLING_TEST_MASTER='local-cluster[2,1,1024]' $(PY) $(PYTEST) -m 'slow and sessions' tests
+	KINDLING_TEST_REMOTE='local[2]' $(PY) $(PYTEST) -m 'slow and sessions' tests
+	KINDLING_FUZZ=20 $(PY) $(PYTEST) -m 'fuzz and not slow' --timeout 1800 tests
 test-spark35: setup-spark35
 	$(PY35) $(PYTEST) -m 'spark and not slow' tests
 

@@ -25,6 +25,9 @@ from kindling import bundle, storage
 from kindling.errors import ConfigError, FormatError, KindlingError, ModelError, StorageError
 from kindling.model import Model
 
+FUZZ = int(os.environ.get("KINDLING_FUZZ", "1"))
+"""How many times as many random inputs as usual; set by `make test-all`."""
+
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -549,7 +552,8 @@ def damaged(good: Path, folder: Path, name: str, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["kindling.json", "weights.safetensors"])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@settings(max_examples=80 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bits_give_an_error_or_the_same_model(
     name: str, good: Path, tmp_path: Path, data: st.DataObject
@@ -561,7 +565,8 @@ def test_flipped_bits_give_an_error_or_the_same_model(
 
 
 @pytest.mark.parametrize("name", ["kindling.json", "weights.safetensors"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@settings(max_examples=40 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_truncated_files_give_an_error(name: str, good: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = (good / name).read_bytes()
@@ -573,7 +578,8 @@ def test_truncated_files_give_an_error(name: str, good: Path, tmp_path: Path, da
         kindling.load(path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_weights_altered_under_a_right_checksum_give_an_error_or_weights(
     good: Path, tmp_path: Path, data: st.DataObject

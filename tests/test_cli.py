@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
         (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "magic"], "averaging:N"),
         (["transfer", "photos", "--net", "lenet", "--out", "model", "--split", ".7,.7"], "three shares"),
         (["transfer", "photos", "--net", "lenet", "--out", "model", "--split", ".9,.1,0"], "three shares"),
+        (["transfer", "photos", "--net", "lenet", "--out", "model", "--split", ".7,.15,.1501"], "three shares"),
         (["evaluate", "photos", "--model", "lenet", "--master", "local", "--remote", "local"], "not both"),
     ],
 )
@@ -280,6 +282,7 @@ def test_transfer(job: tuple[list[Any], Path, dict[str, Any]]) -> None:
     assert data["labels"] == ["0", "1", "2"]
     assert data["accuracy"]["train"] > 0.9  # three digits told apart by a linear head on random features
     assert data["broken"] == 0
+    assert data["precision"] in ("bf16", "fp32")
     assert {"featurise", "train", "evaluate", "save"} <= set(data["seconds"])
     assert json.loads((folder / "out" / "report.json").read_text())["report"] == data["report"]
     assert (folder / "out" / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -337,16 +340,22 @@ def test_transfer_on_real_photos_with_real_weights(spark: Any, data_dir: Path, t
 
 
 @pytest.mark.spark
-def test_featurize_counts_broken_photos(spark: Any, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("on_error", "rows"), [("keep", 2), ("drop", 1)])
+def test_featurize_counts_and_lists_broken_photos(
+    spark: Any, photos: Path, tmp_path: Path, on_error: str, rows: int
+) -> None:
     (tmp_path / "photos" / "0").mkdir(parents=True)
     good = next(iter(photos.glob("0/*.png"))).read_bytes()
     (tmp_path / "photos" / "0" / "good.png").write_bytes(good)
     (tmp_path / "photos" / "0" / "cut.png").write_bytes(good[:60])
-    data = answer("featurize", tmp_path / "photos", "--net", "lenet", "--until", "fc1", "--out", tmp_path / "f.parquet")
-    assert (data["rows"], data["broken"]) == (2, 1)
-    rows = {row.path.rsplit("/", 1)[1]: row for row in spark.read.parquet(str(tmp_path / "f.parquet")).collect()}
-    assert len(rows["good.png"].features) == 500
-    assert rows["cut.png"].error
+    words = ["featurize", tmp_path / "photos", "--net", "lenet", "--until", "fc1", "--on-error", on_error]
+    data = answer(*words, "--out", tmp_path / "f.parquet")
+    assert (data["rows"], data["broken"]) == (rows, 1)
+    assert [example["path"].rsplit("/", 1)[1] for example in data["examples"]] == ["cut.png"]
+    assert data["precision"]["name"] in ("bf16", "fp32")
+    kept = {row.path.rsplit("/", 1)[1]: row for row in spark.read.parquet(str(tmp_path / "f.parquet")).collect()}
+    assert len(kept["good.png"].features) == 500
+    assert "cut.png" not in kept or kept["cut.png"].error
 
 
 @pytest.mark.spark
@@ -455,3 +464,26 @@ def test_an_error_under_spark_submit_fails_the_application(tmp_path: Path) -> No
     )
     assert done.returncode == 1
     assert "Did you mean 'lenet'" in done.stdout + done.stderr
+
+
+@pytest.mark.spark
+def test_transfer_when_a_class_has_no_photo_to_train_on(spark: Any, photos: Path, tmp_path: Path) -> None:
+    """One photo of a fourth class falls on validation or test: it counts as one more wrong answer, and it is said."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "rare").mkdir()
+    good = next(iter(photos.glob("0/*.png"))).read_bytes()
+    frame = kd.read.images(str(folder), spark=spark)
+    for number in range(20):
+        shutil.rmtree(folder / "rare")
+        (folder / "rare").mkdir()
+        (folder / "rare" / f"{number}.png").write_bytes(good)
+        frame = kd.read.images(str(folder), spark=spark)
+        if kd.split(frame, 0.6, 0.2, 0.2)[0].where("label = 'rare'").count() == 0:
+            break
+    words = ["transfer", folder, "--net", "lenet", "--until", "fc1", "--split", ".6,.2,.2", "--epochs", 1]
+    done = run(*words, "--out", tmp_path / "model", "--workers", 2, "--json")
+    data = json.loads(done.stdout)
+    assert data["labels"] == ["0", "1", "2", "rare"]
+    assert sum(data["rows"].values()) == 61
+    assert "1 of the 4 labels have no photo in the train share (rare)" in done.stderr

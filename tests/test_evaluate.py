@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 
 from kindling.errors import DataError, ModelError, TrainingError
 from kindling.evaluate import ExactSum, Report, Tally, loss_rows, merge_all
+
+FUZZ = int(os.environ.get("KINDLING_FUZZ", "1"))
+"""How many times as many random inputs as usual; set by `make test-all`."""
 
 
 def tally_of(scores: np.ndarray, targets: np.ndarray, losses: np.ndarray | None = None) -> Tally:
@@ -54,7 +58,8 @@ def test_metrics_equal_scikit_learn(classes: int, occurring: float) -> None:
 finite_or_not = st.floats(width=64)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.fuzz
+@settings(max_examples=60 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_any_partitioning_and_order_gives_the_same_state(data: st.DataObject) -> None:
     rows, classes = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 8))
@@ -70,7 +75,8 @@ def test_any_partitioning_and_order_gives_the_same_state(data: st.DataObject) ->
     assert json.dumps(merged.report().to_json()) == json.dumps(whole.report().to_json())
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.fuzz
+@settings(max_examples=40 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_regression_is_exact_under_any_partitioning(data: st.DataObject) -> None:
     values = data.draw(hnp.arrays(np.float64, (data.draw(st.integers(1, 30)), 2), elements=finite_or_not))
@@ -83,7 +89,8 @@ def test_regression_is_exact_under_any_partitioning(data: st.DataObject) -> None
     np.testing.assert_array_equal(merge_all(None, parts).to_vector(), whole.to_vector())
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.fuzz
+@settings(max_examples=200 * FUZZ, deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 50), elements=st.floats(allow_nan=False, allow_infinity=False)))
 def test_exact_sum_equals_fractions(values: np.ndarray) -> None:
     total = ExactSum()

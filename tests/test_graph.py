@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 
 from kindling import graph
 from kindling.errors import FormatError, KindlingError, ModelError
+
+FUZZ = int(os.environ.get("KINDLING_FUZZ", "1"))
+"""How many times as many random inputs as usual; set by `make test-all`."""
 
 
 def there_and_back(module: nn.Module) -> fx.GraphModule:
@@ -516,7 +520,8 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.fuzz
+@settings(max_examples=300 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), junk | st.just("DELETE")), min_size=1, max_size=3))
 def test_any_change_gives_a_graph_or_a_format_error(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     data = copy.deepcopy(GOOD)

@@ -16,6 +16,7 @@ import kindling as kd
 
 pytestmark = pytest.mark.spark
 
+MOBILENET = "mobilenet_tflite/mobilenet_v2_1.0_224_dequantized.npz"
 SQUEEZENET = "squeezenet_v1.1_keras/squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
 
@@ -124,3 +125,40 @@ def test_lenet_reads_99_of_100_digits(spark: Any, data_dir: Path) -> None:
     report = model.evaluate(test)
     assert report.rows == 10_000
     assert report.accuracy >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.needs_data
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("net", "weights", "cut", "floor"),
+    [("squeezenet1_1", SQUEEZENET, None, 0.80), ("mobilenet_v2", MOBILENET, "conv2", 0.88)],
+)
+def test_the_headline_job(
+    spark: Any, data_dir: Path, tmp_path: Path, net: str, weights: str, cut: str | None, floor: float
+) -> None:
+    """All of Caltech-101 without Faces_easy, by parameter averaging on two workers, with nets trained on ImageNet."""
+    import tarfile
+
+    from kindling.transfer import transfer
+
+    pytest.importorskip("h5py")
+    with tarfile.open(data_dir / "caltech101" / "caltech101_max80.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    photos = kd.read.images([str(path) for path in sorted(folder.iterdir()) if path.name != "Faces_easy"])
+    model = kd.load(net, weights=data_dir / weights)
+    done = transfer(
+        photos,
+        model.until(cut) if cut else model,
+        epochs=20,
+        optimizer=partial(torch.optim.SGD, lr=0.003, momentum=0.9, nesterov=True, weight_decay=0.01),
+        strategy=kd.ParameterAveraging(every=5),
+        workers=2,
+    )
+    assert done.train.rows + done.valid.rows + done.test.rows == 5895
+    assert len(done.model.labels) == 100
+    assert done.broken == 0
+    assert done.test.accuracy > floor
+    answers = done.model.predict([str(folder / "airplanes" / "image_0001.jpg")], top_k=1)
+    assert answers[0]["prediction"] == "airplanes"

@@ -21,6 +21,7 @@ _HOME = {
     "load": "kindling.model",
     "nets": "kindling.nets",
     "prepare": "kindling.prepare",
+    "provenance": "kindling.predict.output",
     "read": "kindling.read",
     "spark": "kindling.session",
     "split": "kindling.read",
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "nets",
     "prepare",
+    "provenance",
     "read",
     "spark",
     "split",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from kindling import errors, nets, prepare, read
     from kindling.evaluate import Report
     from kindling.model import Model, load
+    from kindling.predict.output import provenance
     from kindling.prepare import Preparation
     from kindling.read import labels, split
     from kindling.session import spark

@@ -162,11 +162,12 @@ def featurize(
         with clock.phase("featurise"):
             photos = o.rows_of(spark, data)
             frame = net.featurize(photos, out=out, on_error=on_error, precision=precision, batch_size=batch_size)
-            rows = frame.count()
-            broken = frame.where("error is not null").count() if "error" in frame.columns else 0
+            about = kd.provenance(out, spark=spark)
+        result = {key: about[key] for key in ("rows", "broken", "examples", "precision")}
+        where = {"keep": " (see column error)", "drop": " left out"}.get(on_error, "")
         output.result(
-            {"out": out, "rows": rows, "broken": broken, "columns": frame.columns, "seconds": clock.to_json()},
-            f"{rows} rows in {out}" + (f", {broken} of them broken (see column error)" if broken else ""),
+            {"out": out, **result, "columns": frame.columns, "seconds": clock.to_json()},
+            f"{about['rows']} rows in {out}" + (f", {about['broken']} broken ones{where}" if about["broken"] else ""),
         )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kindling.evaluate import Report
+    from kindling.predict.engine import Precision
     from kindling.surgery import Summary
     from kindling.train.strategies import Strategy
 
@@ -233,6 +234,12 @@ class Model:
         from kindling.predict import batch
 
         return batch.featurize(self, df, **options)
+
+    def precision(self, df: DataFrame, precision: str = "auto") -> Precision:
+        """The precision that `featurize` takes for this data, and why (`kindling.predict.batch.choose_precision`)."""
+        from kindling.predict import batch
+
+        return batch.choose_precision(self, df, precision)
 
     def predict(self, rows: Any, **options: Any) -> Any:
         """Predict: a DataFrame gives a DataFrame (see `kindling.predict.batch.predict`), a list gives a list.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -202,7 +203,7 @@ def shares_of(text: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split(","))
     except ValueError:
         shares = ()
-    if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001 or not shares[0] * shares[2]:
+    if len(shares) != 3 or min(shares) < 0 or abs(math.fsum(shares) - 1) > 1e-9 or not shares[0] * shares[2]:
         raise typer.BadParameter(
             f"{text!r} is not three shares that add up to 1, such as .7,.15,.15", param_hint="--split"
         )

@@ -251,7 +251,8 @@ def _defaults(master: str, version: tuple[int, int]) -> dict[str, str]:
     """What suits this work better than Spark's own defaults; every entry yields to the user's."""
     options = {
         # A survivor that waits in Spark's barrier for a dead peer holds its slot until this passes; Spark waits a year.
-        "spark.barrier.sync.timeout": "60s",
+        # The workers of a training may end their spooling that far apart.
+        "spark.barrier.sync.timeout": "300s",
         # A barrier stage that can never get its slots fails after a minute, not after ten.
         "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "5s",
         "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": "12",

@@ -33,15 +33,21 @@ class Transferred:
     valid: kd.Report | None
     """None where validation's share is 0."""
     test: kd.Report
+    precision: str
+    """Of the features."""
     broken: int
     """Photos that could not be read and were left out."""
+    examples: tuple[tuple[str, str], ...]
+    """The first of them: path and reason."""
 
     def to_json(self) -> dict[str, Any]:
         sides = {"train": self.train, "valid": self.valid, "test": self.test}
         return {
             "accuracy": {side: report.accuracy for side, report in sides.items() if report is not None},
             "rows": {side: report.rows for side, report in sides.items() if report is not None},
+            "precision": self.precision,
             "broken": self.broken,
+            "examples": [{"path": path, "why": why} for path, why in self.examples],
             "labels": list(self.model.labels or ()),
             "history": list(self.model.history),
             "report": self.test.to_json(),
@@ -54,7 +60,8 @@ class Transferred:
                 loss = "" if report.loss is None else f"{report.loss:9.4f}"
                 lines.append(f"{side:8}{report.rows:8,}{report.accuracy:10.4f}{loss}")
         if self.broken:
-            lines.append(f"{self.broken} photos could not be read and were left out")
+            lines.append(f"{self.broken} photos could not be read and were left out:")
+            lines += [f"  {path}: {why}" for path, why in self.examples]
         return "\n".join(lines)
 
 
@@ -96,11 +103,15 @@ def transfer(
     trunk = _flat(net)
     size = int(next(iter(trunk.signature.outputs.values())).shape[1])
     with clock.phase("featurise"):
-        frame = trunk.featurize(photos, out=features, on_error="keep", precision=precision)
+        chosen = None if features else trunk.precision(photos, precision).name
+        frame = trunk.featurize(photos, out=features, on_error="keep", precision=chosen or precision)
+        chosen = chosen or kd.provenance(str(features))["precision"]["name"]
+        say(f"features in {chosen}")
         cached = None if features else frame.cache()
         rows = frame.count()
-        good = frame.where("error is null").drop("error") if "error" in frame.columns else frame
+        good = frame.where("error is null").drop("error")
         broken = rows - good.count()
+        bad = frame.where("error is not null").select("path", "error").orderBy("path").limit(5).collect()
         if rows == broken:
             raise kd.errors.DataError(f"none of the {rows} photos could be read.")
     with clock.phase("split"):
@@ -111,7 +122,14 @@ def transfer(
                 raise kd.errors.DataError(
                     f"the {side} share, {share} of {rows - broken} photos, is empty. Add photos or change the shares."
                 )
-        labels = kd.labels(parts[0])
+        labels = kd.labels(good)
+        unseen = sorted(set(labels) - set(kd.labels(parts[0])))
+        if unseen:
+            names = ", ".join(unseen[:5])
+            say(
+                f"{len(unseen)} of the {len(labels)} labels have no photo in the train share ({names}): theirs can "
+                "only be got wrong. Add photos, or take another seed."
+            )
         sizes = " + ".join(f"{count:,}" for count in counts)
         say(f"{sizes} photos to train, validate and test on; {len(labels)} labels")
     with clock.phase("train"):
@@ -139,8 +157,17 @@ def transfer(
     model = trunk.freeze().then(head.module, labels=labels, name="classifier")
     assert train is not None
     assert test is not None
-    model = dataclasses.replace(model, history=(*model.history, *head.history))
-    return Transferred(model=model, train=train, valid=valid, test=test, broken=broken)
+    about = {"precision": chosen, "broken": broken}
+    model = dataclasses.replace(model, history=(*model.history, {**head.history[-1], "features": about}))
+    return Transferred(
+        model=model,
+        train=train,
+        valid=valid,
+        test=test,
+        precision=chosen,
+        broken=broken,
+        examples=tuple((row["path"], row["error"]) for row in bad),
+    )
 
 
 def _standardising(mean: np.ndarray, deviation: np.ndarray) -> nn.BatchNorm1d:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,6 +107,59 @@ def test_one_worker_is_plain_torch(spark: Any, asked: dict[str, bool]) -> None:
         assert torch.equal(value, trained.module.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("strategy", [kd.AllReduce(), kd.ParameterAveraging(every=2)], ids=["allreduce", "averaging"])
+def test_an_optimizer_that_looks_at_the_loss_several_times(spark: Any, strategy: Any) -> None:
+    lbfgs = partial(torch.optim.LBFGS, lr=0.5, max_iter=5)
+    trained = fit(net(), frame(spark, blobs(200)), strategy=strategy, optimizer=lbfgs, batch_size=50, epochs=3)
+    first, *_, last = (epoch["loss"] for epoch in trained.history[-1]["epochs"])
+    assert last < 0.5 * first
+
+
+def test_one_worker_with_lbfgs_is_plain_torch(spark: Any) -> None:
+    rows = blobs(60)
+    trained = fit(
+        net(), frame(spark, rows), workers=1, epochs=1, batch_size=60, optimizer=partial(torch.optim.LBFGS, max_iter=4)
+    )
+    module = net().module
+    optimizer = torch.optim.LBFGS(module.parameters(), max_iter=4)
+    x, y = torch.tensor([r[2] for r in rows]), torch.tensor([int(r[1][1:]) for r in rows])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for name, value in module.state_dict().items():  # the rows stand in another order: the last bits differ
+        torch.testing.assert_close(value, trained.module.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [kd.AllReduce(), kd.ParameterAveraging(every=2)], ids=["allreduce", "averaging"])
+def test_one_row_alone_does_not_stop_batch_normalisation(spark: Any, strategy: Any) -> None:
+    """33 rows on two workers with batches of 8: some step leaves a worker a single row, which has no variance."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model = kd.Model.of(module, shape=(4,), labels=["c0", "c1", "c2"])
+    for rows in (33, 17):
+        trained = fit(model, frame(spark, blobs(rows)), strategy=strategy, batch_size=8, epochs=2)
+        assert trained.history[-1]["rows"] == rows
+        assert np.isfinite(trained.history[-1]["epochs"][-1]["loss"])
+
+
+def test_the_precision_of_a_frozen_front_depends_on_the_rows_alone(spark: Any) -> None:
+    rows = blobs(300)
+    torch.manual_seed(0)
+    trunk = kd.Model.of(nn.Sequential(nn.Linear(4, 32), nn.Tanh()), shape=(4,))
+    model = trunk.freeze().then(nn.Linear(32, 3), labels=["c0", "c1", "c2"])
+    seen = set()
+    for attempt, partitions in enumerate((1, 4)):
+        random.Random(attempt).shuffle(rows)
+        trained = fit(model, frame(spark, rows, partitions), precision="auto")
+        seen.add((digest(trained), json.dumps(trained.history[-1]["prefix_precision"]["cosines"])))
+    assert len(seen) == 1
+
+
 @pytest.mark.sessions
 def test_the_same_bits_whatever_order_the_rows_come_in(spark: Any) -> None:
     rows = blobs(400)
@@ -156,41 +210,84 @@ def test_a_killed_worker_changes_nothing(spark: Any, tmp_path: Path, workers: in
     _killed_equals_unbroken(spark, tmp_path, workers, strategy)
 
 
-def _killed_equals_unbroken(spark: Any, tmp_path: Path, workers: int, strategy: Any) -> None:
+def _killed_equals_unbroken(
+    spark: Any,
+    tmp_path: Path,
+    workers: int,
+    strategy: Any,
+    *,
+    step: int | None = None,
+    deaths: int = 1,
+    keep: bool = True,
+    frozen_front: bool = False,
+) -> None:
+    """Args: step: the call of the loss in which the worker dies, from 1; `keep`: in a run directory of the test's."""
     df = frame(spark, blobs(480))
     model = net(dropout=0.2)
+    if frozen_front:
+        torch.manual_seed(0)
+        model = kd.Model.of(nn.Linear(4, 8), shape=(4,)).freeze().then(nn.Linear(8, 3), labels=["c0", "c1", "c2"])
     options: dict[str, Any] = {"workers": workers, "strategy": strategy, "epochs": 3}
     unbroken = fit(model, df, **options)
     assert unbroken.history[-1]["attempts"] == 1
-    step = random.Random(workers).randint(2, 8)
-    signal_file = tmp_path / "pid"
+    steps = -(-480 // (16 * workers))
+    at = step or steps + random.Random(workers).randint(2, 8)
     killed: list[int] = []
+    over = threading.Event()
 
     def killer() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not killed:
-            if signal_file.exists() and (text := signal_file.read_text()).endswith("\n"):
-                os.kill(int(text), signal.SIGKILL)
-                killed.append(int(text))
-            time.sleep(0.02)
+        while not over.wait(0.02):
+            for file in tmp_path.glob("pid-*"):
+                if (text := file.read_text()).endswith("\n") and int(text) not in killed:
+                    killed.append(int(text))
+                    os.kill(int(text), signal.SIGKILL)
 
     thread = threading.Thread(target=killer)
     thread.start()
     run = tmp_path / "run"
-    broken = fit(
-        model, df, **options, loss=WaitForDeath(str(signal_file), step, steps=-(-480 // (16 * workers))), run=run
-    )
-    thread.join()
-    assert len(killed) == 1
-    assert broken.history[-1]["attempts"] == 2
-    events = [
-        Event.from_line(line) for part in run.glob("events/1/0/*.jsonl") for line in part.read_text().splitlines()
-    ]
-    resumed = [event.step for event in events if event.kind == "resumed"]
-    assert resumed == [-(-480 // (16 * workers))]  # the end of the first epoch, not step 0
+    try:
+        broken = fit(
+            model, df, **options, loss=WaitForDeath(str(tmp_path / "pid"), at, deaths), run=run if keep else None
+        )
+    finally:
+        over.set()
+        thread.join()
+    assert len(killed) == deaths
+    assert broken.history[-1]["attempts"] == deaths + 1 or not keep
+    if keep:
+        parts = sorted(run.glob(f"events/{deaths}/0/*.jsonl"))
+        events = [Event.from_line(line) for part in parts for line in part.read_text().splitlines()]
+        resumed = [event.step for event in events if event.kind == "resumed"]
+        last = 0
+        for _ in range(deaths):
+            last = (last + at - 1) // steps * steps
+        assert resumed == ([last] if last else [])  # the end of the epoch before, where there is one
     assert digest(broken) == digest(unbroken)
     assert broken.history[-1]["epochs"][0]["loss"] == unbroken.history[-1]["epochs"][0]["loss"]
     assert len(broken.history[-1]["epochs"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"step": 1},
+        {"step": 45},  # the last of all
+        {"step": 20, "deaths": 2},
+        {"step": 20, "keep": False},
+        {"step": 20, "frozen_front": True},
+        {"step": 20, "strategy": kd.ParameterAveraging(every=3, average_optimizer_state=True)},
+    ],
+    ids=["first step", "last step", "twice", "temporary run", "frozen front", "optimizer state"],
+)
+def test_killed_at_other_moments(spark: Any, tmp_path: Path, fault: dict[str, Any]) -> None:
+    _killed_equals_unbroken(spark, tmp_path, 2, **{"strategy": kd.AllReduce(), **fault})
+
+
+@pytest.mark.slow
+@pytest.mark.sessions
+def test_killed_on_every_kind_of_session(spark: Any, tmp_path: Path) -> None:
+    _killed_equals_unbroken(spark, tmp_path, 2, kd.AllReduce())
 
 
 def test_three_workers_survive_as_well() -> None:
@@ -206,17 +303,22 @@ def test_three_workers_survive_as_well() -> None:
 
 
 class WaitForDeath:
-    """Cross entropy; once, in step `step` of the second epoch, it names its process in a file and waits."""
+    """Cross entropy; in its call `at` it names its process in a file and waits, so often as it is to die."""
 
-    def __init__(self, path: str, step: int, steps: int) -> None:
-        self.path, self.at, self.calls = path, steps + step, 0
+    def __init__(self, path: str, at: int, deaths: int) -> None:
+        self.path, self.at, self.deaths, self.calls = path, at, deaths, 0
 
     def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.calls == self.at and not os.path.exists(self.path):
-            with open(self.path, "w") as file:
-                file.write(f"{os.getpid()}\n")
-            time.sleep(30)
+        if self.calls == self.at:
+            files = [f"{self.path}-{death}" for death in range(self.deaths)]
+            gone = [file for file in files if os.path.exists(file)]
+            # The other worker comes here at the same time: one death an attempt.
+            if len(gone) < self.deaths and all(time.time() - os.path.getmtime(file) > 1.5 for file in gone):
+                with contextlib.suppress(FileExistsError), open(files[len(gone)], "x") as file:
+                    file.write(f"{os.getpid()}\n")
+                    file.flush()
+                    time.sleep(60)
         return nn.functional.cross_entropy(outputs, targets)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,9 @@ from hypothesis import strategies as st
 
 from kindling.train import order
 from kindling.train.order import VIRTUAL_SHARDS, epoch_order, owner_of, plan_order, shard_of, static_order
+
+FUZZ = int(os.environ.get("KINDLING_FUZZ", "1"))
+"""How many times as many random inputs as usual; set by `make test-all`."""
 
 
 def _hashes(rows: int, seed: int = 0) -> np.ndarray:
@@ -19,7 +24,8 @@ def _owned(hashes: np.ndarray, workers: int, rank: int) -> np.ndarray:
     return hashes[owner_of(shard_of(hashes), workers) == rank]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.fuzz
+@settings(max_examples=60 * FUZZ, deadline=None)
 @given(rows=st.integers(1, 700), workers=st.integers(1, 7), batch=st.integers(1, 64), seed=st.integers(0, 5))
 def test_every_row_has_one_place_and_every_step_has_rows(rows: int, workers: int, batch: int, seed: int) -> None:
     counts = np.bincount(shard_of(_hashes(rows, seed)), minlength=VIRTUAL_SHARDS)

@@ -336,11 +336,14 @@ def _spread(values: np.ndarray, good: np.ndarray, missing: float) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------- precision
 
 
-def choose_precision(model: Model, df: DataFrame, precision: str = "auto") -> Precision:
-    """The precision to run a model in on this data: what was asked for, or bfloat16 where it is fast and close enough.
+def choose_precision(model: Model, df: DataFrame, precision: str = "auto", *, afresh: bool = False) -> Precision:
+    """The precision to run a model in on this data: what was asked for, or bfloat16 where it is close enough.
 
-    `"auto"` compares both on the first rows of `df`, on two of Spark's workers; the answer holds for this model for the
-    rest of the session.
+    `"auto"` takes bfloat16 where the processor has it in hardware and agrees with float32 on the first rows of `df`,
+    which two of Spark's workers compute in both; the answer holds for this model for the rest of the session.
+
+    Args:
+        afresh: neither use nor keep an answer of this session: it must depend on `df` alone.
 
     Raises: ConfigError, for a name that is none of "auto", "fp32", "bf16".
     """
@@ -355,7 +358,7 @@ def choose_precision(model: Model, df: DataFrame, precision: str = "auto") -> Pr
     spark = df.sparkSession
     job = _job(model, spark, precision="fp32", finish=finish_lists)
     key = (ship.session_key(spark), job.module.weights, zlib.crc32(job.module.architecture), job.preparation)
-    if key not in _chosen:
+    if afresh or key not in _chosen:
         parts = _sample(df, model.preparation.columns(targets=False))
         if not parts:
             return Precision(name="fp32", reason="no rows to try bf16 on")
@@ -366,7 +369,7 @@ def choose_precision(model: Model, df: DataFrame, precision: str = "auto") -> Pr
         found = [json.loads(bytes(row["comparison"])) for row in rows]
         chosen = decide(found[0]["hardware"], [_comparison(part) for part in found if part["comparison"]])
         _LOG.info("precision %s", chosen)
-        if not chosen.cosines and found[0]["hardware"] is not None:
+        if afresh or (not chosen.cosines and found[0]["hardware"] is not None):
             return chosen  # nothing could be compared: other data may do better
         _chosen[key] = chosen
     return _chosen[key]

@@ -6,11 +6,12 @@ Also decides between bfloat16 and float32, and predicts plain Python lists. Know
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,7 @@ class Engine:
         self.dtype = PRECISIONS[precision]
         self.batch_size = batch_size or net_batch(signature, module)
         self.module = inference_copy(module, self.dtype)
+        self._heap, self._warm = _Heap(), False
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, shape (rows, ...), for packed arrays of any number of rows (also none).
@@ -104,7 +106,9 @@ class Engine:
         return results
 
     def _forward(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        with torch.inference_mode():
+        # What a first pass leaves behind (oneDNN's kernels) must not lie between the large tensors of all others.
+        memory, self._warm = (self._heap.used() if self._warm else contextlib.nullcontext()), True
+        with torch.inference_mode(), memory:
             batch = {
                 name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in self.preparation.batch(arrays, targets=False).items()
@@ -212,20 +216,72 @@ def _copy(module: nn.Module, convert: Callable[[nn.Module, Tensor], Tensor]) -> 
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next batch, instead of fetching zeroed pages from the kernel every time.
+    """Let glibc keep what a forward pass frees for the next one, instead of fetching zeroed pages from the kernel anew.
 
-    A net's activations are the same size in every batch: fetching them anew costs VGG16 a fifth of its time. For
-    workers only; what is kept is bounded by the largest batch so far.
+    A net's activations are the same size in every batch: fetching them each time costs VGG16 a fifth of its time. For
+    workers only. What is allocated between the passes (photos, Arrow's buffers) comes from elsewhere: it would lie amid
+    the free memory, and the next pass would not find room for its large tensors and take more.
     """
+    global _libc
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_FROM)
+        _libc = libc
     except (AttributeError, OSError, TypeError):
         return  # not glibc
 
 
+class _Heap:
+    """Where the large tensors of a forward pass come from, in a process that called `keep_freed_memory`.
+
+    A heap breaks up in time: a small block that stays amid the free ones, and a large tensor finds no room any more. So
+    the process is weighed now and then, and gives back what is free when it has grown.
+    """
+
+    def __init__(self) -> None:
+        self._weighed = 0.0
+        self._lowest = 0
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Large tensors made inside take memory that was freed before."""
+        if _libc is None:
+            yield
+            return
+        _libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        try:
+            yield
+        finally:
+            _libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_FROM)
+            if time.monotonic() > self._weighed + _WEIGH_EVERY_S:
+                self._weigh(_libc)
+                self._weighed = time.monotonic()
+
+    def _weigh(self, libc: ctypes.CDLL) -> None:
+        now = _anonymous_bytes()
+        if self._lowest and now > self._lowest + _GROWTH:
+            libc.malloc_trim(0)
+            self._lowest = _anonymous_bytes()  # what did not go away is needed
+        else:
+            self._lowest = min(self._lowest or now, now)
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file backs; 0 where that cannot be told."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+_libc: ctypes.CDLL | None = None
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_OWN_PAGES_FROM = 128 << 10
+"""glibc's own default: larger blocks get pages of their own, which go back to the kernel."""
+_WEIGH_EVERY_S = 0.25
+_GROWTH = 48 << 20
 
 
 # ------------------------------------------------------------------------------------------------------ precision
@@ -340,10 +396,6 @@ def decide(hardware: str | None, comparisons: Iterable[Comparison]) -> Precision
     ratio = sum(part.seconds[0] for part in parts) / max(sum(part.seconds[1] for part in parts), 1e-9)
     if not (mean > MEAN_COSINE and low > LOW_COSINE):  # also when one is not a number
         return Precision(name="fp32", reason=f"bf16 strays from fp32 on {count} rows ({figures})", cosines=cosines)
-    if ratio < 0.9:
-        return Precision(
-            name="fp32", reason=f"bf16 runs at {ratio:.2f} x the speed of fp32 here ({hardware})", cosines=cosines
-        )
     reason = f"{hardware}; {count} rows agree with fp32 ({figures}), {ratio:.1f} x as fast"
     return Precision(name="bf16", reason=reason, cosines=cosines)
 

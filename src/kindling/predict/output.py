@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from kindling import __version__, ship
-from kindling.errors import ConfigError, DataError, FormatError
+from kindling.errors import ConfigError, DataError, FormatError, StorageError
 from kindling.prepare import Preparation
 
 if TYPE_CHECKING:
@@ -122,12 +123,34 @@ def featurize_to(
         found = _findings(model, df, folder, about, counts, dropped=on_error == "drop")
     seconds = time.monotonic() - began
     folder.write({**about, **found, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
-    _tell(_summary(computed, found, seconds, out), broken=found["broken"], progress=progress)
+    summary = _summary(computed, found, seconds, out, about["precision"]["name"])
+    _tell(summary, broken=found["broken"], progress=progress)
     shown = ["path", *label, *columns.values(), *(["error"] if on_error == "keep" else [])]
     return folder.read(features.schema).select(*map(batch._quoted, shown))
 
 
 # ---------------------------------------------------------------------------------------------------- provenance
+
+
+def provenance(out: str | PathLike[str], *, spark: SparkSession | None = None) -> dict[str, Any]:
+    """What is known of a folder of features that `Model.featurize` keeps.
+
+    Returns: JSON values: `rows`; `broken`, how many of the photos could not be used, and `examples`, the first of them
+        (`path`, `why`); `precision` (`name`, `reason`, `cosines`); `batch_size`, `columns`, `preparation`; the
+        `model`'s name, fingerprint and source; `versions`.
+    Raises: StorageError, when there is no such folder; ConfigError, when it holds something else; FormatError.
+
+    >>> provenance("features.parquet")["precision"]["name"]  # doctest: +SKIP
+    'bf16'
+    """
+    from kindling.session import active_session
+    from kindling.storage import open_place
+
+    place = open_place(str(out), spark or active_session())
+    about = _Folder(spark, place).provenance() if place.exists() else None
+    if about is None:
+        raise StorageError(f"there are no features of kindling's in {out}.")
+    return about
 
 
 def _made_by(model: Model, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -391,15 +414,15 @@ def _findings(
     return {"rows": rows, "broken": broken, "examples": [{"path": r["path"], "why": r["error"]} for r in first]}
 
 
-def _summary(computed: int, found: Mapping[str, Any], seconds: float, out: str) -> str:
+def _summary(computed: int, found: Mapping[str, Any], seconds: float, out: str, precision: str) -> str:
     """One line on what was done, and one on each of the first broken rows.
 
     >>> found = {"rows": 5895, "broken": 1, "examples": [{"path": "a.jpg", "why": "the file is empty"}]}
-    >>> print(_summary(95, found, 9.5, "features"))
-    featurised 95 rows in 9.5 s (10.0 rows/s): features holds 5,895 rows, 1 broken:
+    >>> print(_summary(95, found, 9.5, "features", "bf16"))
+    featurised 95 rows in 9.5 s (10.0 rows/s, bf16): features holds 5,895 rows, 1 broken:
       a.jpg: the file is empty
     """
-    speed = f" ({computed / seconds:.1f} rows/s)" if computed and seconds > 0 else ""
+    speed = f" ({computed / seconds:.1f} rows/s, {precision})" if computed and seconds > 0 else ""
     line = f"featurised {computed:,} rows in {seconds:.1f} s{speed}: {out} holds {found['rows']:,} rows"
     if not found["broken"]:
         return f"{line}, none broken"

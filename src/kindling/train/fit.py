@@ -10,6 +10,8 @@ import contextlib
 import copy
 import json
 import logging
+import math
+import re
 import secrets
 import shutil
 import tempfile
@@ -89,6 +91,7 @@ def fit(
     classes = _rehearse(tail, tail_signature, tail_preparation, model.frozen, loss, make_optimizer, labels)
     workers = _workers(spark, workers)
     strategy = strategy or AllReduce()
+    _check_patience(spark)
 
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(TrainingBar(epochs, shown=progress))
@@ -96,7 +99,7 @@ def fit(
         desk = _Desk(bar)
         address = own_address(spark)
         listener = stack.enter_context(Listener(desk.on_event, address)) if address else None
-        prefix = _prefix(spark, model, split, df, precision) if split else None
+        prefix = _prefix(spark, model, split, df, precision, key_columns) if split else None
         run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
         spec = WorkerSpec(
             run=f"{secrets.token_hex(4)}",
@@ -249,14 +252,15 @@ def _cut(model: Model, preparation: Preparation) -> tuple[Split | None, nn.Modul
 
 
 def _prefix(
-    spark: SparkSession, model: Model, split: Split, df: DataFrame, precision: str
+    spark: SparkSession, model: Model, split: Split, df: DataFrame, precision: str, key_columns: Sequence[str]
 ) -> tuple[spool.PrefixSpec, dict[str, Any]]:
     """The frozen part on its way to the packing tasks, with the precision it will run in."""
     from kindling.predict.batch import choose_precision
     from kindling.predict.engine import PRECISIONS, net_batch
 
     front = replace(model, module=split.prefix, signature=split.prefix_signature, labels=None, frozen=frozenset())
-    chosen = choose_precision(front, df, precision)
+    sample = _sample(df, key_columns) if precision == "auto" else df
+    chosen = choose_precision(front, sample, precision, afresh=True)
     spec = spool.PrefixSpec(
         module=ship.ship_module(spark, split.prefix, dtype=PRECISIONS[chosen.name]),
         signature=split.prefix_signature.to_json(),
@@ -264,6 +268,21 @@ def _prefix(
         batch_size=net_batch(split.prefix_signature, split.prefix),
     )
     return spec, chosen.to_json()
+
+
+def _sample(df: DataFrame, key_columns: Sequence[str]) -> DataFrame:
+    """The same few rows whatever the order Spark reads them in: those with the smallest hashes.
+
+    Finding them reads the keys only; then the rest of those rows.
+    """
+    from pyspark.sql import functions as F
+
+    from kindling.predict.batch import SAMPLE_ROWS
+
+    place = F.xxhash64(*(F.col(_quoted(name)) for name in key_columns))
+    with ship.translated():
+        first = df.select(place.alias("place")).orderBy("place").limit(SAMPLE_ROWS).collect()
+    return df.where(place.isin([row["place"] for row in first])).orderBy(place)
 
 
 def _default_loss(target: Step) -> Callable[..., Tensor]:
@@ -463,6 +482,25 @@ def _workers(spark: SparkSession, asked: int | None) -> int:
             f"Use workers={there} or a larger cluster",
         )
     return asked
+
+
+def _check_patience(spark: SparkSession) -> None:
+    """Warn where Spark would let workers wait for a dead one until nobody remembers the job."""
+    text = str(spark.conf.get(_BARRIER_TIMEOUT, None) or "365d")
+    found = re.fullmatch(r"(\d+)\s*(ms|s|m|min|h|d)?", text.strip())
+    seconds = int(found[1]) * _UNIT_S[found[2] or "s"] if found else math.inf
+    if seconds > _LONG_WAIT_S:
+        _LOG.warning(
+            "%s is %s: a worker that dies before training begins would be waited for that long. "
+            "Start the session with 300s, as kindling.spark() does.",
+            _BARRIER_TIMEOUT,
+            text,
+        )
+
+
+_BARRIER_TIMEOUT = "spark.barrier.sync.timeout"
+_LONG_WAIT_S = 1800
+_UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def own_address(spark: SparkSession) -> str | None:

@@ -6,15 +6,19 @@ Run with `SoloComms` it is plain torch training.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from kindling import surgery
 from kindling.errors import KindlingError, TrainingError
@@ -173,19 +177,23 @@ class Loop:
             salt = mix(np.array([comms.rank], np.uint64), self.settings.seed, step)[0]
             # torch.manual_seed looks for every other device's generator as well: half a millisecond.
             torch.default_generator.manual_seed(int(salt >> np.uint64(1)))
-            replica.optimizer.zero_grad(set_to_none=True)
-            value = 0.0
+            batch = None
             if rows:
                 batch = self.preparation.batch(arrays, targets=True, rng=np.random.default_rng(int(salt)))
-                clock.lap("data")
-                value = self._backward(batch, strategy.loss_scale(rows_W, comms.rank), step, epoch)
-                loss_sum += value * rows
-            clock.lap("compute")
-            state = strategy.on_gradients(replica, state, rows_W, comms)
-            clock.lap("communicate")
-            if rows or strategy.replicas_agree:
-                replica.optimizer.step()
-            clock.lap("compute")
+            clock.lap("data")
+            if self._takes_closure:
+                value, state = self._closed_step(batch, rows_W, state, step, epoch)
+                clock.lap("compute")
+            else:
+                replica.optimizer.zero_grad(set_to_none=True)
+                value = self._backward(batch, strategy.loss_scale(rows_W, comms.rank), step, epoch) if batch else 0.0
+                clock.lap("compute")
+                state = strategy.on_gradients(replica, state, rows_W, comms)
+                clock.lap("communicate")
+                if rows or strategy.replicas_agree:
+                    replica.optimizer.step()
+                clock.lap("compute")
+            loss_sum += value * rows
             state = strategy.on_step(replica, state, rows_W, comms)
             clock.lap("communicate")
             rows_done += int(rows_W.sum())
@@ -196,8 +204,45 @@ class Loop:
                 self.hooks.on_event("step", step=step, epoch=epoch, keep=step == 1, **figures)
         return loss_sum, state
 
+    @cached_property
+    def _takes_closure(self) -> bool:
+        """Whether the optimizer looks at the loss several times a step (LBFGS)."""
+        closure = inspect.signature(type(self.replica.optimizer).step).parameters.get("closure")
+        return closure is not None and closure.default is inspect.Parameter.empty
+
+    def _closed_step(
+        self, batch: Mapping[str, Tensor] | None, rows_W: np.ndarray, state: State, step: int, epoch: int
+    ) -> tuple[float, State]:
+        """A step of an optimizer that calls for the loss itself; where replicas agree, all see one loss, as often.
+
+        Returns: this worker's loss at the first look, and the strategy's state.
+        """
+        comms, replica, strategy = self.comms, self.replica, self.strategy
+        values: list[float] = []
+
+        def closure() -> float:
+            nonlocal state
+            replica.optimizer.zero_grad(set_to_none=True)
+            scale = strategy.loss_scale(rows_W, comms.rank)
+            values.append(self._backward(batch, scale, step, epoch) if batch else 0.0)
+            state = strategy.on_gradients(replica, state, rows_W, comms)
+            loss = torch.tensor(values[-1] * (scale if batch else 0.0), dtype=torch.float64)
+            return float(comms.all_reduce(loss) if strategy.replicas_agree else loss)
+
+        if batch or strategy.replicas_agree:
+            replica.optimizer.step(closure)
+        return (values[0] if values else 0.0), state
+
     def _backward(self, batch: Mapping[str, Tensor], scale: float, step: int, epoch: int) -> float:
-        loss = compute_loss(self.replica.module, self.signature, batch, self.loss)
+        module = self.replica.module
+        try:
+            loss = compute_loss(module, self.signature, batch, self.loss)
+        except TrainingError as error:
+            if "Expected more than 1 value per channel" not in str(error.__cause__):
+                raise
+            # One row has no variance. Where the order of rows leaves a worker one alone, the statistics so far serve.
+            with _stored_statistics(module):
+                loss = compute_loss(module, self.signature, batch, self.loss)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
@@ -225,6 +270,19 @@ class Loop:
         else:
             figures |= {"mean_absolute_error": report.mean_absolute_error}
         return figures
+
+
+@contextlib.contextmanager
+def _stored_statistics(module: torch.nn.Module) -> Iterator[None]:
+    """Batch normalisation in inference mode, for layers that keep statistics."""
+    layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def compute_loss(

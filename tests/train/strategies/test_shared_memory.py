@@ -91,6 +91,23 @@ def test_sums_of_every_kind(tmp_path: Path, world: int) -> None:
                 np.testing.assert_array_equal(one[f"out{number}"], total)
 
 
+def test_the_bits_do_not_depend_on_the_hosts(tmp_path: Path) -> None:
+    """Workers of one host and workers of three: the same sums, in the order of the ranks."""
+    body = """
+    generator = torch.Generator().manual_seed(rank)
+    values = torch.randn(100_003, generator=generator)
+    shared, group = values.clone(), values.clone()
+    SharedMemoryComms.open(store).all_reduce(shared)
+    GroupComms().all_reduce(group)
+    total = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
+    for other in range(1, world):
+        total += torch.randn(100_003, generator=torch.Generator().manual_seed(other))
+    print(torch.equal(shared, group), torch.equal(group, total))
+    dist.destroy_process_group()
+    """
+    assert said(start(tmp_path, 3, body)) == ["True True"] * 3
+
+
 def test_bytes_are_counted_as_the_group_counts_them(tmp_path: Path) -> None:
     body = """
     shared, plain = SharedMemoryComms.open(store), GroupComms()
