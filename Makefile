@@ -80,6 +80,7 @@ check: lint types test  ## what a change must pass
 
 .PHONY: bench
 bench: setup  ## the benchmarks; figures land in benchmarks/results
+	test -x .venv-peers/bin/python || $(PY) benchmarks/run.py --make-peers
 	$(PY) benchmarks/run.py
 
 .PHONY: wheel

@@ -15,8 +15,9 @@ import kindling as kd
 
 def main(photos: str, net: str, layer: str, out: str, weights: str | None = None) -> float:
     kd.spark()
-    train, valid, test = kd.split(kd.read.images(photos), 0.7, 0.15, 0.15)
-    labels = kd.labels(train)
+    rows = kd.read.images(photos)
+    labels = kd.labels(rows)
+    train, valid, test = kd.split(rows, 0.7, 0.15, 0.15)
 
     trunk = kd.load(net, weights=weights).until(layer)
     ((_, size),) = (spec.shape for spec in trunk.signature.outputs.values())

@@ -392,6 +392,28 @@ class _Unpickler(pickle.Unpickler):
 # --------------------------------------------------------------------------------------------------------- errors
 
 
+@contextmanager
+def bounded_arrow_batches(spark: SparkSession) -> Iterator[None]:
+    """While a job is planned inside: small Arrow batches where Spark counts rows, not bytes (before 4.1).
+
+    What is planned later by the caller of a lazy frame keeps the session's own setting.
+    """
+    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    if spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch", None) is not None:
+        yield
+        return
+    before = spark.conf.get(name, "10000")
+    spark.conf.set(name, str(min(int(before or 10000), _ROWS_PER_ARROW_BATCH)))
+    try:
+        yield
+    finally:
+        spark.conf.set(name, before)
+
+
+_ROWS_PER_ARROW_BATCH = 256
+"""Keeps a batch of photos small."""
+
+
 class guard:
     """Wrap a function for `mapInArrow` so that its kindling errors survive the trip to the driver (see `unwrap`).
 

@@ -109,8 +109,8 @@ def test_one_worker_is_plain_torch(spark: Any, asked: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("strategy", [kd.AllReduce(), kd.ParameterAveraging(every=2)], ids=["allreduce", "averaging"])
 def test_an_optimizer_that_looks_at_the_loss_several_times(spark: Any, strategy: Any) -> None:
-    lbfgs = partial(torch.optim.LBFGS, lr=0.5, max_iter=5)
-    trained = fit(net(), frame(spark, blobs(200)), strategy=strategy, optimizer=lbfgs, batch_size=50, epochs=3)
+    lbfgs = partial(torch.optim.LBFGS, max_iter=5, line_search_fn="strong_wolfe")
+    trained = fit(net(), frame(spark, blobs(200)), strategy=strategy, optimizer=lbfgs, batch_size=100, epochs=4)
     first, *_, last = (epoch["loss"] for epoch in trained.history[-1]["epochs"])
     assert last < 0.5 * first
 

@@ -624,7 +624,7 @@ def evaluate(
     )
     tallies = _selected(job, df).mapInArrow(ship.guard(partial(run_job, job)), TALLY_SCHEMA)
     whole = tallies.repartition(1).mapInArrow(ship.guard(partial(merge_tallies, classes)), TALLY_SCHEMA)
-    with ship.translated():
+    with ship.translated(), ship.bounded_arrow_batches(spark):
         rows = whole.collect()
     from kindling.evaluate import Tally
 

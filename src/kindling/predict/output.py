@@ -111,7 +111,7 @@ def featurize_to(
         from pyspark.sql import functions as F
 
         features = features.withColumn("error", F.lit(None).cast("string"))
-    with ship.translated(), _bar(spark, shown=progress):
+    with ship.translated(), ship.bounded_arrow_batches(spark), _bar(spark, shown=progress):
         features.write.mode("append").options(**_OPTIONS).parquet(folder.url)
     with ship.translated():
         before_tidying = folder.counts()

@@ -72,7 +72,8 @@ def split(
 
     A row's side depends only on its key and the seed: rows that are added later move none that were there, and rows
     with the same key (several crops of one photo, say) stay together. Shares are met as chance allows; `stratify=True`
-    meets them exactly in each class (largest remainder; ties go to the earlier side) and gives up that stability.
+    meets them exactly in each class (largest remainder; ties go to the earlier side) and gives up that stability (and
+    keeps rows of one key together only where they have one label).
 
     Args:
         shares: one above 0 for each side; they must sum to 1 within 1e-9.

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 _LOG = logging.getLogger("kindling.fit")
-_ROWS_PER_ARROW_BATCH = 256  # where Spark counts rows and not bytes (before 4.1): keeps a batch of photos small
 
 
 def fit(
@@ -584,7 +583,7 @@ def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contex
     tag = f"kindling-{secrets.token_hex(6)}"
     cancel = _cancel_by_tag(spark, tag, stack)
     try:
-        with _bounded_arrow_batches(spark):
+        with ship.bounded_arrow_batches(spark):
             rows = trained.collect()
     except KeyboardInterrupt:
         cancel()
@@ -645,21 +644,6 @@ def _cancel_by_tag(spark: SparkSession, tag: str, stack: contextlib.ExitStack) -
         context.cancelJobsWithTag(tag)
 
     return cancel
-
-
-@contextlib.contextmanager
-def _bounded_arrow_batches(spark: SparkSession) -> Iterator[None]:
-    """While the job is planned: small Arrow batches where Spark counts their rows only."""
-    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
-    if spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch", None) is not None:
-        yield
-        return
-    before = spark.conf.get(name, "10000")
-    spark.conf.set(name, str(min(int(before or 10000), _ROWS_PER_ARROW_BATCH)))
-    try:
-        yield
-    finally:
-        spark.conf.set(name, before)
 
 
 def _trained_module(tail: nn.Module, weights: bytes) -> nn.Module:
