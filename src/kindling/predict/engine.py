@@ -262,7 +262,7 @@ class _Heap:
         now = _anonymous_bytes()
         if self._lowest and now > self._lowest + _GROWTH:
             libc.malloc_trim(0)
-            self._lowest = _anonymous_bytes()  # what did not go away is needed
+            self._lowest = 0  # learned anew after the next pass, which takes what it needs
         else:
             self._lowest = min(self._lowest or now, now)
 
