@@ -354,17 +354,21 @@ def load(
     classes: Sequence[type] = (),
     spark: SparkSession | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Model:
-    """A model by name or from a bundle.
+    """A model by name, from a bundle, or from a file of another system.
 
     Args:
-        source: a net of kindling (`"vgg16"`), or the path of a bundle that `Model.save` wrote.
-        weights: for a net by name: a file, a URL, or the name of published weights; None draws random ones.
+        source: a net of kindling (`"vgg16"`), the path of a bundle that `Model.save` wrote, or a local file of Caffe
+            (`.prototxt`, `.caffemodel`), Deeplearning4j (zip), H2O (MOJO) or BigDL: told apart by what is in it.
+        weights: for a net by name: a file, a URL, or the name of published weights; None draws random ones. For a
+            `.prototxt`, its `.caffemodel`.
         layout: which of the net's layouts the file has, where it fits several (`kindling.nets.NETS[name].layouts`).
         cache: folder for downloaded files; `KINDLING_CACHE`, else `~/.cache/kindling`, if None.
         classes: for a bundle of a module that is no graph: the classes it may be made of.
         spark: the session whose file systems to use for a remote path; the active one if None.
         progress: show a bar while weights are downloaded.
+        options: of the format's reader, such as `net=` or `phase=` (`kindling.formats.caffe.read`).
     Raises: FormatError, for a damaged or hostile file and for a name that is neither; StorageError.
 
     >>> load("lenet")
@@ -373,7 +377,7 @@ def load(
     from kindling import nets
 
     name = str(source)
-    if name in nets.NETS:
+    if name in nets.NETS and not options:
         parts = nets.load_net(name, weights=weights, layout=layout, cache=cache, progress=progress)
         return Model(
             module=parts.module,
@@ -383,6 +387,11 @@ def load(
             name=parts.name,
             source=parts.source,
         )
+    imported = _imported(name, weights, options)
+    if imported is not None:
+        return imported
+    if options:
+        raise ConfigError("options", sorted(options), f"mean nothing for {name!r}", "Leave them out")
     if weights is not None:
         raise ConfigError(
             "source", name, f"is no net that takes weights.{did_you_mean(name, nets.NETS)}", "Name one of them"
@@ -392,6 +401,30 @@ def load(
     from kindling import bundle
 
     return bundle.load(name, classes=classes, spark=spark)
+
+
+def _imported(source: str, weights: str | Path | None, options: Mapping[str, Any]) -> Model | None:
+    """The model in a local file of another system; None where there is none, or a bundle."""
+    from kindling.formats.models import open_model
+
+    path = Path(source)
+    if not path.exists() or (path.is_dir() and (path / "kindling.json").exists()):
+        return None
+    found = open_model(path, **({} if weights is None else {"weights": weights}), **options)
+    if found is None:
+        if path.is_file() and weights is None and not options:
+            raise FormatError(
+                f"{source} is neither a bundle nor a model that kindling reads (Caffe, Deeplearning4j, H2O, BigDL)."
+            )
+        return None
+    return Model(
+        module=found.module,
+        signature=found.signature,
+        preparation=found.preparation,
+        labels=found.labels,
+        name=found.name,
+        source=found.source,
+    )
 
 
 def _tensor_spec(step: Step) -> TensorSpec:

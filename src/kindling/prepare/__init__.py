@@ -1,7 +1,20 @@
 """Preparation: from raw columns to tensors, the same in training and in prediction."""
 
 from kindling.prepare.base import Packed, Preparation, Step, step_type
-from kindling.prepare.columns import ArrayStep, LabelStep, ValueStep
+from kindling.prepare.columns import ArrayStep, LabelStep, ScaledArrayStep, ValueStep
 from kindling.prepare.image import ImageStep
+from kindling.prepare.table import CategoryStep, NumberStep
 
-__all__ = ["ArrayStep", "ImageStep", "LabelStep", "Packed", "Preparation", "Step", "ValueStep", "step_type"]
+__all__ = [
+    "ArrayStep",
+    "CategoryStep",
+    "ImageStep",
+    "LabelStep",
+    "NumberStep",
+    "Packed",
+    "Preparation",
+    "ScaledArrayStep",
+    "Step",
+    "ValueStep",
+    "step_type",
+]

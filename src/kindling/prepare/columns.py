@@ -1,6 +1,6 @@
 """Steps that read ready numbers and labels: arrays of a fixed shape, class labels, plain values.
 
-Images are in `image.py`.
+Images are in `image.py`, columns of tables in `table.py`.
 """
 
 from __future__ import annotations
@@ -89,6 +89,65 @@ class ArrayStep(Step):
         return torch.from_numpy(np.ascontiguousarray(arrays[self.name]))
 
 
+@step_type("scaled_array")
+@dataclass(frozen=True)
+class ScaledArrayStep(ArrayStep):
+    """An array whose numbers become (x - subtract) * multiply + add.
+
+    `subtract` and `multiply` hold one number, one for each entry of the first axis, or one for each number of a row.
+
+    >>> step = ScaledArrayStep("x", "features", (2,), subtract=(1.0, 2.0), multiply=(0.5, 10.0))
+    >>> packed = step.pack(pa.RecordBatch.from_pydict({"features": [[3.0, 4.0]]}))
+    >>> step.batch(packed.arrays)
+    tensor([[ 1., 20.]])
+    """
+
+    subtract: tuple[float, ...] = (0.0,)
+    multiply: tuple[float, ...] = (1.0,)
+    add: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fitting = {1, self.size, *self.shape[:1]}
+        for field in ("subtract", "multiply"):
+            values = getattr(self, field)
+            if len(values) not in fitting or not all(math.isfinite(value) for value in values):
+                raise ConfigError(
+                    field, f"{len(values)} numbers", f"does not fit rows of shape {self.shape}", "Give finite numbers"
+                )
+
+    def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
+        import torch
+
+        x = arrays[self.name].astype(np.float64)
+        scaled = (x - self._spread(self.subtract)) * self._spread(self.multiply) + self.add
+        return torch.from_numpy(np.ascontiguousarray(scaled, self.dtype))
+
+    def _spread(self, values: tuple[float, ...]) -> np.ndarray:
+        """In a shape that broadcasts over rows."""
+        array = np.array(values)
+        if len(array) == self.size:
+            return array.reshape(self.shape)
+        return array.reshape(-1, *[1] * (len(self.shape) - 1)) if self.shape else array.reshape(())
+
+
+def as_text(column: pa.Array) -> pa.Array:
+    """Names of classes or levels as text; whole numbers that are stored as floats lose their point.
+
+    >>> as_text(pa.array([4.0, 4.5, None])).to_pylist()
+    ['4', '4.5', None]
+    """
+    if pa.types.is_floating(column.type):
+        # 4.0 means class "4"; 4.5 means no class at all, and stays text that matches none.
+        as_int = pc.floor(column)
+        return pc.if_else(
+            pc.equal(as_int, column),
+            pc.cast(as_int, pa.int64(), safe=False).cast(pa.string()),
+            column.cast(pa.string()),
+        )
+    return column.cast(pa.string())
+
+
 @step_type("label")
 @dataclass(frozen=True)
 class LabelStep(Step):
@@ -118,15 +177,7 @@ class LabelStep(Step):
 
     def pack(self, rows: pa.RecordBatch) -> Packed:
         column = rows.column(rows.schema.get_field_index(self.column))
-        if pa.types.is_floating(column.type):
-            # 4.0 means class "4"; 4.5 means no class at all, and stays text that matches none.
-            as_int = pc.floor(column)
-            column = pc.if_else(
-                pc.equal(as_int, column),
-                pc.cast(as_int, pa.int64(), safe=False).cast(pa.string()),
-                column.cast(pa.string()),
-            )
-        found = pc.index_in(column.cast(pa.string()), self._index)
+        found = pc.index_in(as_text(column), self._index)
         missing = np.asarray(found.is_null())
         errors: dict[int, str] = {}
         for row in np.flatnonzero(missing):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from kindling import graph
 from kindling.errors import ModelError
 from kindling.surgery.net import (
     NOTES,
@@ -67,7 +68,7 @@ class _Tracer(fx.Tracer):
         self.scopes: dict[fx.Node, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or is_layer(m) or isinstance(m, Opaque)
+        return module_qualified_name in self.leaves or is_layer(m) or isinstance(m, Opaque) or graph.is_own_layer(m)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)

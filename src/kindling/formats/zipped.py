@@ -1,0 +1,124 @@
+"""Zip archives of strangers: members by name, bounded in size, never written to disk.
+
+Nothing is unpacked, so a member's path cannot lead anywhere. A member that claims far more than its packed bytes could
+be worth is refused before memory is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from kindling.errors import FormatError
+
+BROKEN = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, NotImplementedError, RuntimeError)
+"""What the standard library raises for archives that are damaged, encrypted or packed by unknown methods."""
+SMALL_BYTES = 64 << 20
+"""Members up to this size may be packed as tightly as zip allows."""
+MAX_RATIO = 100
+"""Larger members may hold at most this many bytes for each packed one; trained weights pack to more than half."""
+MAX_MEMBERS = 10_000
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what went wrong, without the bytes that some messages quote."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line[:160] or type(error).__name__
+
+
+class Stream:
+    """A member that is being read."""
+
+    def __init__(self, member: IO[bytes], where: str) -> None:
+        self._member, self._where = member, where
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, fewer at the end.
+
+        Raises: FormatError, when the archive is damaged there.
+        """
+        try:
+            return self._member.read(count)
+        except BROKEN as error:
+            raise FormatError(f"{self._where} cannot be read: {brief(error)}. Is the file whole?") from error
+
+
+class Zipped:
+    """An open archive."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path = path
+        self._archive = archive
+        self._members = {info.filename: info for info in archive.infolist()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def size(self, name: str) -> int:
+        """Bytes that the member claims to hold.
+
+        Raises: FormatError, when it is missing, or claims more than its packed bytes could be worth.
+        """
+        info = self._members.get(name)
+        if info is None:
+            raise FormatError(f"{self.path} has no member {name!r}. Is it whole?")
+        if info.file_size > SMALL_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
+            raise FormatError(
+                f"{self.path}: {name!r} claims {info.file_size:,} bytes packed into {info.compress_size:,}, "
+                f"more than {MAX_RATIO} for one. That is no file of weights; it is not unpacked."
+            )
+        return info.file_size
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        """The whole of a small member.
+
+        Raises: FormatError, when it is missing, damaged, or larger than `limit_bytes`.
+        """
+        size = self.size(name)
+        if size > limit_bytes:
+            raise FormatError(
+                f"{self.path}: {name!r} holds {size:,} bytes, more than the {limit_bytes:,} that are read."
+            )
+        with self.open(name) as stream:
+            return stream.read(limit_bytes + 1)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Stream]:
+        """The member as a stream; what goes wrong while it is read becomes a FormatError."""
+        self.size(name)
+        where = f"{self.path}: {name!r}"
+        try:
+            member = self._archive.open(self._members[name])
+        except BROKEN as error:
+            raise FormatError(f"{where} cannot be read: {brief(error)}. Is the file whole?") from error
+        with member:
+            yield Stream(member, where)
+
+
+@contextlib.contextmanager
+def open_zip(path: Path) -> Iterator[Zipped]:
+    """Open an archive for reading.
+
+    Raises: FormatError, when it is no archive, or has more than `MAX_MEMBERS` members.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "a.zip"
+    ...     with zipfile.ZipFile(file, "w") as archive:
+    ...         archive.writestr("model.ini", "[info]")
+    ...     with open_zip(file) as zipped:
+    ...         "model.ini" in zipped, zipped.read("model.ini", 100)
+    (True, b'[info]')
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except BROKEN as error:
+        raise FormatError(f"{path} is a truncated or damaged archive: {brief(error)}. Fetch it again.") from error
+    with archive:
+        if len(archive.infolist()) > MAX_MEMBERS:
+            raise FormatError(f"{path} has {len(archive.infolist()):,} members; more than {MAX_MEMBERS:,} are refused.")
+        yield Zipped(path, archive)
