@@ -414,6 +414,7 @@ def test_spark_s_errors_are_short(spark: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.spark
+@pytest.mark.slow
 def test_under_spark_submit(photos: Path, tmp_path: Path) -> None:
     import pyspark
 

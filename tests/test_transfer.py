@@ -14,6 +14,7 @@ from kindling.transfer import _folded, _standardising, transfer
 def test_a_standardising_layer_and_a_linear_one_make_one_linear_layer() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(3.0, rng.uniform(0.1, 20.0, 12), (500, 12)).astype(np.float32)
+    x[:, 3] *= 1e-4  # small numbers count as much
     x[:, 5] = 7.0  # never changes: it is moved to 0, not divided by 0
     standardise, classes = _standardising(x.mean(axis=0), x.std(axis=0)), nn.Linear(12, 4)
     with torch.no_grad():

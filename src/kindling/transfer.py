@@ -174,7 +174,7 @@ def _standardising(mean: np.ndarray, deviation: np.ndarray) -> nn.BatchNorm1d:
     """A layer that brings each feature to mean 0 and deviation 1; one that never changes is only moved to 0."""
     import torch
 
-    layer = torch.nn.BatchNorm1d(len(mean), eps=1e-12, affine=False)
+    layer = torch.nn.BatchNorm1d(len(mean), eps=1e-30, affine=False)  # features may be tiny, and still differ
     steady = deviation <= 1e-6 * deviation.max()
     layer.running_mean = torch.tensor(mean, dtype=torch.float32)
     layer.running_var = torch.tensor(np.where(steady, 1.0, deviation) ** 2, dtype=torch.float32)

@@ -290,12 +290,13 @@ def test_killed_on_every_kind_of_session(spark: Any, tmp_path: Path) -> None:
     _killed_equals_unbroken(spark, tmp_path, 2, kd.AllReduce())
 
 
+@pytest.mark.slow
 def test_three_workers_survive_as_well() -> None:
     """The same fault in a session with three slots, in a process of its own."""
     if os.environ.get("KINDLING_TEST_MASTER") or os.environ.get("KINDLING_TEST_REMOTE"):
         pytest.skip("once is enough: run on local[2]")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "test_a_killed_worker_changes_nothing and 3"]
+    command += ["-k", "test_a_killed_worker_changes_nothing and 3", "-m", "not slow"]
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "KINDLING_TEST_MASTER": "local[3]"}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=250, check=False)
