@@ -127,12 +127,14 @@ def survive(call: Callable[[], Any], what: str) -> bool:
     try:
         call()
     except FormatError as error:
-        return len(str(error)) >= 2000 and pytest.fail(f"an error of {len(str(error)):,} characters: {what}")
+        told = str(error)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\n{what}") from error
-    finally:
-        assert time.perf_counter() - begun < 10, what
-    return True
+    else:
+        told = ""
+    assert time.perf_counter() - begun < 10, what
+    assert len(told) < 2000
+    return not told
 
 
 @pytest.fixture
@@ -216,15 +218,16 @@ def test_many_mutated_files(tmp_path: Path, write: Any, bounded_memory: None) ->
     fuzz_rest(tmp_path, write, 20_000, seed=4)
 
 
-def test_a_million_layers_and_a_thousand_tops_are_refused_in_time(tmp_path: Path, bounded_memory: None) -> None:
+def test_long_files_are_read_or_refused_in_time(tmp_path: Path, bounded_memory: None) -> None:
     file = tmp_path / "net.prototxt"
     head = 'input: "x" input_dim: 1 input_dim: 3 input_dim: 4 input_dim: 4\n'
-    file.write_text(head + 'layer { name: "r" type: "ReLU" bottom: "x" top: "x" }\n' * 3000)
+    file.write_text(head + 'layer { name: "r" type: "ReLU" bottom: "x" top: "x" }\n' * 1000)
     begun = time.perf_counter()
     made = read(file)
-    assert len(list(made.module.children())) == 3000
+    assert len(list(made.module.children())) == 1000
     assert time.perf_counter() - begun < 30
     for text in (
+        head + 'layer { name: "r" type: "ReLU" bottom: "x" top: "x" }\n' * 10_001,
         head + "layer { " * 100_000,
         head + 'layer { name: "s" type: "Slice" bottom: "x" ' + 'top: "t" ' * 100_000 + "}",
         head + 'layer { name: "c" type: "Concat" top: "t" ' + 'bottom: "x" ' * 100_000 + "concat_param { axis: 0 } }",

@@ -67,8 +67,8 @@ def out(made: Imported, *arrays: np.ndarray) -> np.ndarray:
 V1 = """
 name: "tiny"
 input: "data" input_shape { dim: 1 dim: 1 dim: 4 dim: 4 }
-layers { name: "conv" type: CONVOLUTION bottom: "data" top: "conv" blobs_lr: 1 blobs_lr: 2
-  weight_decay: 1 weight_decay: 0
+layers { name: "conv" type: CONVOLUTION bottom: "data" top: "conv"
+         blobs_lr: 1 blobs_lr: 2 weight_decay: 1 weight_decay: 0
          convolution_param { num_output: 2 kernel_size: 3 weight_filler { type: "xavier" } } }
 layers { name: "relu" type: RELU bottom: "conv" top: "conv" }
 layers { name: "ip" type: INNER_PRODUCT bottom: "conv" top: "ip" inner_product_param { num_output: 3 } }
@@ -78,13 +78,12 @@ V0 = """
 name: "tiny"
 input: "data" input_dim: 1 input_dim: 1 input_dim: 4 input_dim: 4
 layers { layer { name: "pad" type: "padding" pad: 0 } bottom: "data" top: "pad" }
-layers { layer { name: "conv" type: "conv" num_output: 2 kernelsize: 3 blobs_lr: 1. blobs_lr: 2.
-  weight_decay: 1. weight_decay: 0.
+layers { layer { name: "conv" type: "conv" num_output: 2 kernelsize: 3 blobs_lr: 1. blobs_lr: 2. weight_decay: 1. weight_decay: 0.
          weight_filler { type: "xavier" } } bottom: "pad" top: "conv" }
 layers { layer { name: "relu" type: "relu" } bottom: "conv" top: "conv" }
 layers { layer { name: "ip" type: "innerproduct" num_output: 3 biasterm: true } bottom: "conv" top: "ip" }
 layers { layer { name: "prob" type: "softmax" } bottom: "ip" top: "prob" }
-"""
+"""  # noqa: E501
 
 
 def test_old_spellings_give_the_same_net(net: Make) -> None:
@@ -109,7 +108,7 @@ def test_padding_layers_of_old_nets_move_into_the_layers_behind() -> None:
 
 def test_old_data_parameters_become_todays() -> None:
     old = """layers { name: "d" type: DATA top: "data"
-  data_param { scale: 0.5 mean_file: "m" crop_size: 9 mirror: true } }
+             data_param { scale: 0.5 mean_file: "m" crop_size: 9 mirror: true } }
              layers { layer { name: "e" type: "data" scale: 0.25 meanfile: "n" cropsize: 8 batchsize: 7 } top: "x" }"""
     first, second = upgrade(parse(old)).layers
     assert [first.get("transform_param").get(n) for n in ("scale", "mean_file", "crop_size")] == [0.5, "m", 9]
@@ -120,7 +119,7 @@ def test_old_data_parameters_become_todays() -> None:
 def test_a_file_of_both_spellings_is_refused() -> None:
     with pytest.raises(FormatError, match=r"both old `layers` \(line 1\) and new `layer`"):
         upgrade(parse("layers { type: RELU } layer { }"))
-    with pytest.raises(FormatError, match=r"unknown old type 'convv'\. Did you mean 'conv'"):
+    with pytest.raises(FormatError, match=r"unknown old type 'convv'. Did you mean 'conv'"):
         upgrade(parse('layers { layer { name: "a" type: "convv" } }'))
     with pytest.raises(FormatError, match="old type 'relu' has no 'num_output'"):
         upgrade(parse('layers { layer { name: "a" type: "relu" num_output: 3 } }'))
@@ -298,14 +297,14 @@ def test_a_caffemodel_with_its_net_inside_needs_no_prototxt(write: Any, tmp_path
     want = net(DEPLOY.replace("Softmax", "Power"), W)
     np.testing.assert_allclose(out(read(file), x), out(want, x), rtol=1e-6)
     file.write_bytes(write.caffemodel(W))
-    with pytest.raises(FormatError, match=r"not how its layers hang together\. Give net="):
+    with pytest.raises(FormatError, match=r"not how its layers hang together. Give net="):
         read(file)
     made = read(file, net=tmp_path / "net.prototxt")
     np.testing.assert_allclose(out(made, x), out(want, x), rtol=1e-6)
 
 
 def test_weights_beyond_the_limit_are_not_made(net: Make) -> None:
-    with pytest.raises(FormatError, match=r"has 47 weights to begin with, more than 46\. Give max_parameters=47"):
+    with pytest.raises(FormatError, match=r"has 47 weights to begin with, more than 46. Give max_parameters=47"):
         net(DEPLOY, max_parameters=46)
     huge = DEPLOY.replace("num_output: 3", "num_output: 4000000000")
     with pytest.raises(FormatError, match="more than"):
@@ -471,6 +470,14 @@ def test_a_deploy_net_is_prepared_as_the_caller_says(net: Make) -> None:
         net(DEPLOY, W, mean=np.zeros((1, 3, 3)))
 
 
+def test_a_net_for_one_size_of_batch_is_refused(net: Make) -> None:
+    text = """input: "x" input_shape { dim: 2 dim: 6 }
+        layer { name: "turn" type: "Reshape" bottom: "x" top: "t" reshape_param { shape { dim: 4 dim: 3 } } }"""
+    with pytest.raises(FormatError, match="layer 'turn' takes only the batches of 2 that the file declares"):
+        net(text)
+    assert net(text.replace("dim: 4 dim: 3", "dim: 2 dim: 3 dim: 2")).signature.outputs["turn"].shape == ("N", 3, 2)
+
+
 def test_labels_of_the_caller_are_kept(net: Make) -> None:
     assert net(DEPLOY, W, labels=["a", "b", "c"]).labels == ("a", "b", "c")
 
@@ -563,7 +570,7 @@ def test_files_in_the_wrong_place_are_explained(tmp_path: Path, net: Make) -> No
         (lambda: read(text, net=text), "Give weights="),
         (lambda: read(numbers, weights=numbers), "Give net="),
         (lambda: read(text, weights=text), "holds no weights"),
-        (lambda: read(tmp_path / "solver.prototxt"), "no field 'base_lr'"),
+        (lambda: read(tmp_path / "solver.prototxt"), "is a solver and no net"),
         (lambda: read(tmp_path / "empty"), "is empty"),
         (lambda: read(tmp_path / "nowhere"), "cannot be read"),
     ):

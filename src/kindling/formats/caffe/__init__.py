@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 NAME = "Caffe"
 _TEXT = re.compile(
-    rb"(?:\A|[\s;,}])(?:layers?\s*:?\s*\{|input_dim\s*:|input_shape\s*:?\s*\{|input\s*:\s*['\"]|net(?:_param)?\s*:)"
+    rb"(?:\A|[\s;,}])(?:layers?\s*:?\s*\{|input_dim\s*:|input_shape\s*:?\s*\{|input\s*:\s*['\"]|base_lr\s*:)"
 )
+_SOLVER = re.compile(rb"(?:\A|[\s;,}])(?:base_lr|lr_policy|max_iter|solver_mode)\s*:")
 _NUL = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _AFTER_NAME = (b"\xa2\x06", b"\x12", b"\x1a", b"\x20", b"\x22", b"\x28", b"\x32", b"\x38", b"\x42")
 """Tags that may follow the name in a NetParameter."""
@@ -156,9 +157,15 @@ def read_message(path: str | Path, message: str = "NetParameter") -> Message:
 def _spec(file: Path) -> Spec:
     from kindling.formats.caffe.upgrade import upgrade
 
-    spec = upgrade(read_message(file), str(file))
+    try:
+        message = read_message(file)
+    except FormatError as error:
+        if _is_text(file) and _SOLVER.search(_without_comments(file.read_bytes()[:65536])):
+            raise FormatError(f"{file} is a solver and no net; kindling.formats.caffe.read_solver reads it.") from error
+        raise
+    spec = upgrade(message, str(file))
     if not spec.layers and not spec.inputs:
-        raise FormatError(f"{file} holds no net. Is it a solver, which read_solver reads?")
+        raise FormatError(f"{file} holds no net: neither layers nor inputs.")
     if not _is_text(file) and not any(layer.all("bottom") for layer in spec.layers):
         raise FormatError(f"{file} holds weights but not how its layers hang together. Give net= for the .prototxt.")
     if not _is_text(file):

@@ -21,7 +21,7 @@ from kindling.formats.caffe.schema import Message, where
 
 MAX_ROW = 2**31
 """Numbers in one row of a blob: beyond it, a net is refused."""
-MAX_NODES = 40_000
+MAX_NODES = 10_000
 
 Fit = Callable[[list[Tensor]], list[Tensor]]
 """Turns the blobs of a layer into the tensors of its slots."""

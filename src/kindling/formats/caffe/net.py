@@ -155,10 +155,11 @@ class _Builder:
         self.of_inputs = of_inputs
         for name, shape in self.spec.inputs:
             self._input(Source(name=name, layer=None, shape=shape))
+        kept = {id(layer) for layer in self.layers}
         others = {
             layer.get("name"): layer
             for layer in self.spec.layers
-            if layer.get("type") == "BatchNorm" and not any(layer is kept for kept in self.layers)
+            if layer.get("type") == "BatchNorm" and id(layer) not in kept
         }
         for number, layer in enumerate(self.layers):
             try:
@@ -442,6 +443,7 @@ class _Builder:
         ends |= {blob for part in (*self.losses, *self.metrics) for blob in part.blobs if isinstance(blob, fx.Node)}
         nodes = [node for node in self.to.graph.nodes if node in ends and node.op != "placeholder"]
         nodes = nodes or [self.nodes[name] for name in self.inputs]
+        self._check_batches()
         generator = None if self.wishes.seed is None else torch.Generator().manual_seed(self.wishes.seed)
         report = put_weights(
             self.to,
@@ -477,6 +479,30 @@ class _Builder:
             source={**source, **self._said(report)},
             training=self._training(report, tuple(node.name for node in nodes)),
         )
+
+    def _check_batches(self) -> None:
+        """Once more with twice the rows: Caffe's shapes hold for the batch that the file declares, ours for any.
+
+        Raises: FormatError, naming the layer that only takes the batch of the file.
+        """
+        values: dict[fx.Node, Any] = {}
+        for node in self.to.graph.nodes:
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            if node.op == "placeholder":
+                shape = self.to.shape(node)
+                with torch.device("meta"):
+                    values[node] = torch.empty((2 * shape[0], *shape[1:]) if shape else ())
+                continue
+            call: Any = self.to.root.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+            try:
+                with torch.no_grad():
+                    values[node] = call(*args)
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+                raise FormatError(
+                    f"{self.spec.what}: layer {node.name!r} takes only the batches of {self.batch} that the file "
+                    f"declares, and kindling's are of any size: {first}. Does a reshape before it name the batch?"
+                ) from error
 
     def nodes_of_mean(self, name: str) -> str:
         """Path of the layer that takes an input's mean picture off."""

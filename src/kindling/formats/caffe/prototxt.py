@@ -19,9 +19,10 @@ MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 32
 MAX_VALUES = 2_000_000
 
+# Possessive: a text of ten million characters must not take ten million steps back.
 _TOKEN = re.compile(
     r"""(?P<skip>[ \t\r\n\f\v]+|\#[^\n]*)
-      | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+      | (?P<string>"(?:[^"\\\n]++|\\.)*+"|'(?:[^'\\\n]++|\\.)*+')
       | (?P<word>[+-]?[A-Za-z0-9_.][A-Za-z0-9_.+-]*|-(?=\s*[A-Za-z0-9.]))
       | (?P<mark>[{}<>\[\]:;,/])""",
     re.VERBOSE,

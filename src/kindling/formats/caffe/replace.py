@@ -62,7 +62,8 @@ def replace_data_layers(
                 layer.put("transform_param", old.get("transform_param"))
                 break
         made.add("layer", layer)
+    replaced = {id(old) for old in data}
     for layer in spec.layers:
-        if not any(layer is old for old in data):
+        if id(layer) not in replaced:
             made.add("layer", layer)
     return made
