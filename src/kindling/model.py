@@ -405,17 +405,16 @@ def load(
 
 def _imported(source: str, weights: str | Path | None, options: Mapping[str, Any]) -> Model | None:
     """The model in a local file of another system; None where there is none, or a bundle."""
-    from kindling.formats.models import open_model
+    from kindling.bundle import MANIFEST
+    from kindling.formats.models import names, open_model
 
     path = Path(source)
-    if not path.exists() or (path.is_dir() and (path / "kindling.json").exists()):
+    if not path.exists() or (path / MANIFEST).exists():
         return None
     found = open_model(path, **({} if weights is None else {"weights": weights}), **options)
     if found is None:
         if path.is_file() and weights is None and not options:
-            raise FormatError(
-                f"{source} is neither a bundle nor a model that kindling reads (Caffe, Deeplearning4j, H2O, BigDL)."
-            )
+            raise FormatError(f"{source} is neither a bundle nor a model that kindling reads ({', '.join(names())}).")
         return None
     return Model(
         module=found.module,

@@ -85,6 +85,20 @@ class Reader(Protocol):
         """
 
 
+def readers() -> list[Reader]:
+    """Every reader, in the order in which they are asked."""
+    return [cast(Reader, importlib.import_module(f"kindling.formats.{name}")) for name in READERS]
+
+
+def names() -> list[str]:
+    """What the formats are called.
+
+    >>> names()
+    ['Deeplearning4j', 'H2O MOJO', 'Caffe', 'BigDL']
+    """
+    return [reader.NAME for reader in readers()]
+
+
 def open_model(path: str | PathLike[str], **options: Any) -> Imported | None:
     """The model in a file or folder of another system, or None where no reader knows it.
 
@@ -97,8 +111,7 @@ def open_model(path: str | PathLike[str], **options: Any) -> Imported | None:
     if not file.exists():
         raise FormatError(f"there is nothing at {file}.")
     peek = _peek(file)
-    for name in READERS:
-        reader = cast(Reader, importlib.import_module(f"kindling.formats.{name}"))
+    for reader in readers():
         if reader.matches(peek):
             unknown = sorted(set(options) - set(inspect.signature(reader.read).parameters))
             if unknown:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +11,10 @@ import numpy as np
 
 from kindling.errors import FormatError
 from kindling.formats.stored import Stored
+from kindling.formats.zipped import BROKEN
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BROKEN = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, NotImplementedError, RuntimeError)
 
 
 def read_npz(path: Path) -> dict[str, Stored]:
@@ -43,7 +41,7 @@ def read_npz(path: Path) -> dict[str, Stored]:
                     raise FormatError(f"{path}: {member!r} holds pickled objects; only arrays of numbers are read.")
                 name = member.removesuffix(".npy")
                 arrays[name] = Stored(tuple(shape), dtype.newbyteorder("=").name, partial(_read_array, path, name))
-    except _BROKEN as error:
+    except BROKEN as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path} cannot be read as .npz: {error}. Is it whole?") from error
@@ -56,6 +54,6 @@ def _read_array(path: Path, name: str) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
             array = archive[name]
-    except _BROKEN as error:
+    except BROKEN as error:
         raise FormatError(f"{path}: {name!r} cannot be read: {error}. Is the file whole?") from error
     return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))

@@ -91,10 +91,6 @@ def _like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
 
 
-def _is_number(value: Any) -> bool:
-    return value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, int | float)
-
-
 class Strategy(ABC):
     """How workers agree. Subclasses are frozen dataclasses whose fields are JSON values."""
 
