@@ -203,7 +203,7 @@ def test_no_row_is_lost_or_doubled(spark: Any, tmp_path: Path, strategy: Any, ro
 @pytest.mark.parametrize("strategy", [kd.AllReduce(), kd.ParameterAveraging(every=3)], ids=["allreduce", "averaging"])
 def test_a_killed_worker_changes_nothing(spark: Any, tmp_path: Path, workers: int, strategy: Any) -> None:
     """SIGKILL from outside at a seeded step of the second epoch; the weights equal the unbroken run's, bit for bit."""
-    from kindling.train.fit import slots
+    from kindling.train.preflight import slots
 
     if (slots(spark) or 0) < workers:
         pytest.skip(f"this session has fewer than {workers} slots")

@@ -1,0 +1,217 @@
+"""What can be known before anything heavy starts: columns, labels, shapes, loss, optimizer, slots.
+
+Each check raises one error that says what, the value seen, why, and the way on. `fit` calls them first.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kindling import ship
+from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
+from kindling.prepare import LabelStep, Preparation, Step, ValueStep
+from kindling.signature import Signature
+
+if TYPE_CHECKING:
+    import torch
+    from pyspark.sql import DataFrame, SparkSession
+    from torch import Tensor, nn
+
+    from kindling.model import Model
+
+    OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+_LOG = logging.getLogger("kindling.fit")
+
+_BARRIER_TIMEOUT = "spark.barrier.sync.timeout"
+_LONG_WAIT_S = 1800
+_UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def read_target(
+    model: Model, df: DataFrame, target: str, loss: Callable[..., Any] | None
+) -> tuple[tuple[str, ...] | None, Step]:
+    """Labels and the step that reads the target column: what the model says, else what the column and the loss say."""
+    import torch
+
+    if target not in df.columns:
+        raise DataError(
+            f"the training data has no column {target!r} to learn.{did_you_mean(target, df.columns)} "
+            "Name it with target=..."
+        )
+    if model.labels is not None:
+        return model.labels, LabelStep("target", target, model.labels)
+    kind = dict(df.dtypes)[target]
+    if kind == "string":
+        raise DataError(
+            f"column {target!r} holds text, and the model has no labels. "
+            "Give them: model.then(..., labels=kindling.labels(df)), or model.with_labels(...)."
+        )
+    whole = kind in ("tinyint", "smallint", "int", "bigint", "boolean")
+    classifies = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) or (loss is None and whole)
+    if not classifies:
+        size = next(iter(model.signature.outputs.values())).shape[1:]
+        listed = kind.startswith("array")
+        return None, ValueStep("target", target, tuple(int(n) for n in size) if listed else ())
+    width = _classes_of(model.signature)
+    names = tuple(str(index) for index in range(width))
+    return names, LabelStep("target", target, names)
+
+
+def _classes_of(signature: Signature) -> int:
+    (name, spec), *_ = signature.outputs.items()
+    width = spec.shape[-1] if len(spec.shape) == 2 else None
+    if not isinstance(width, int):
+        raise ModelError(
+            f"output {name!r} has shape {spec.shape}, so how many classes there are cannot be told. Give labels."
+        )
+    return width
+
+
+def place_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[str]:
+    """Columns whose hash gives a row its place."""
+    if key is not None:
+        if key not in df.columns:
+            raise ConfigError(
+                "key",
+                key,
+                f"is no column of the training data.{did_you_mean(key, df.columns)}",
+                "Name a column that tells rows apart",
+            )
+        return [key]
+    return ["path"] if "path" in df.columns else list(needed)
+
+
+def check_columns(df: DataFrame, needed: Sequence[str], name: str) -> None:
+    for column in needed:
+        if column not in df.columns:
+            raise DataError(
+                f"{name} has no column {column!r}, which the model reads.{did_you_mean(column, df.columns)}"
+            )
+
+
+def default_loss(target: Step) -> Callable[..., Tensor]:
+    import torch
+
+    return torch.nn.CrossEntropyLoss() if isinstance(target, LabelStep) else torch.nn.MSELoss()
+
+
+def default_optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def rehearse(
+    module: nn.Module,
+    signature: Signature,
+    preparation: Preparation,
+    frozen: frozenset[str],
+    loss: Callable[..., Tensor],
+    make_optimizer: OptimizerFactory,
+    labels: tuple[str, ...] | None,
+) -> int | None:
+    """One forward and backward pass of made-up rows on the driver: shapes, dtypes, labels, loss and optimizer fit.
+
+    Returns: the number of classes, or None for regression.
+    Raises: ModelError, ConfigError, TrainingError: what does not fit.
+    """
+    import numpy as np
+    import torch
+
+    from kindling import surgery
+    from kindling.train.loop import compute_loss
+
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, (dtype, shape) in preparation.packed_spec(targets=True).items():
+        noise = rng.random((4, *shape))
+        arrays[name] = (noise * (255 if dtype == "uint8" else 0 if "int" in dtype else 1)).astype(dtype)
+    copied = copy.deepcopy(module)
+    surgery.set_training(copied, frozen)
+    trainable = [p for p in copied.parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError(
+            "no layer can learn: all are frozen, or have no weights. Use unfreeze(), or then() to add a layer."
+        )
+    with torch.random.fork_rng(devices=[]):
+        batch = preparation.batch(arrays, targets=True)
+        value = compute_loss(copied, signature, batch, loss)
+        value.backward()  # type: ignore[no-untyped-call]
+        outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
+    if labels is not None:
+        width = outputs.shape[1] if outputs.dim() == 2 else 0
+        binary = len(labels) == 2 and outputs.numel() == len(outputs)
+        if width != len(labels) and not binary:
+            raise ModelError(
+                f"the net's output has shape {('N', *outputs.shape[1:])}, but there are {len(labels)} labels. "
+                f"The last layer should give {len(labels)} scores."
+            )
+    made = make_optimizer(trainable)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            "optimizer",
+            make_optimizer,
+            f"gave a {type(made).__name__}",
+            "Give a function of parameters that returns a torch optimizer: partial(torch.optim.SGD, lr=0.1)",
+        )
+    return len(labels) if labels is not None else None
+
+
+def slots(spark: SparkSession, patience_s: float = 20.0, wanted: int = 1) -> int | None:
+    """Tasks that can run at the same time, or None where the session does not tell (a remote Connect server)."""
+    master = spark.conf.get("spark.master", "") or ""
+    inside = master.partition("[")[2].rstrip("]").split(",")
+    if master.startswith("local-cluster["):
+        return int(inside[0]) * int(inside[1])
+    if ship.is_connect(spark):
+        if master.startswith("local"):
+            import os
+
+            return (os.cpu_count() or 1) if inside[0] == "*" else int(inside[0] or 1)
+        return None
+    context = spark.sparkContext
+    scala = context._jsc.sc()
+    # Executors of a cluster register one after the other; those of local[n] are there from the start.
+    deadline = time.monotonic() + (0.0 if master.startswith("local") else patience_s)
+    while True:
+        free = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
+        if free >= wanted or time.monotonic() > deadline:
+            return free
+        time.sleep(0.25)
+
+
+def workers_for(spark: SparkSession, asked: int | None) -> int:
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
+        raise ConfigError("workers", asked, "leaves nobody to train", "Use 1 or more")
+    there = slots(spark, wanted=asked or 1)
+    if asked is None:
+        return there or 2
+    if there is not None and asked > there:
+        raise ConfigError(
+            "workers",
+            asked,
+            f"needs {asked} task slots at the same time, and the session has {there}",
+            f"Use workers={there} or a larger cluster",
+        )
+    return asked
+
+
+def check_patience(spark: SparkSession) -> None:
+    """Warn where Spark would let workers wait for a dead one until nobody remembers the job."""
+    text = str(spark.conf.get(_BARRIER_TIMEOUT, None) or "365d")
+    found = re.fullmatch(r"(\d+)\s*(ms|s|m|min|h|d)?", text.strip())
+    seconds = int(found[1]) * _UNIT_S[found[2] or "s"] if found else math.inf
+    if seconds > _LONG_WAIT_S:
+        _LOG.warning(
+            "%s is %s: a worker that dies before training begins would be waited for that long. "
+            "Start the session with 300s, as kindling.spark() does.",
+            _BARRIER_TIMEOUT,
+            text,
+        )
