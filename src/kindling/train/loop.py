@@ -127,6 +127,13 @@ class Loop:
             state, history = dict(restored["strategy"]), list(restored["history"])
             self.replica.module.load_state_dict(restored["module"])
             self.replica.optimizer.load_state_dict(restored["optimizer"])
+        try:
+            return self._run(plan, self.strategy.begin(self.replica, state, comms), history)
+        finally:
+            self.strategy.close(self.replica)
+
+    def _run(self, plan: OrderPlan, state: State, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        comms, settings = self.comms, self.settings
         self.hooks.on_event("ready", step=len(history) * plan.steps, epoch=len(history))
         for epoch in range(len(history) + 1, settings.epochs + 1):
             surgery.set_training(self.replica.module, self.frozen)
@@ -148,12 +155,15 @@ class Loop:
                 "communicate_s": clock.communicate_s,
                 "bytes_sent": comms.bytes_sent - sent,
             }
+            if figures := self.strategy.figures(state):
+                record["strategy"] = figures
             if self.validation is not None:
                 record["validation"] = self._validate(self.validation)
             history.append(record)
             step = epoch * plan.steps
             self.hooks.on_event("epoch", **{**record, "step": step})
             if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
+                state = self.strategy.settle(self.replica, state, comms)
                 self.hooks.on_checkpoint(
                     step,
                     {
@@ -186,11 +196,14 @@ class Loop:
                 clock.lap("compute")
             else:
                 replica.optimizer.zero_grad(set_to_none=True)
-                value = self._backward(batch, strategy.loss_scale(rows_W, comms.rank), step, epoch) if batch else 0.0
+                value = 0.0
+                if batch:
+                    strategy.on_backward(replica, state, rows_W, comms)
+                    value = self._backward(batch, strategy.loss_scale(rows_W, comms.rank, state), step, epoch)
                 clock.lap("compute")
                 state = strategy.on_gradients(replica, state, rows_W, comms)
                 clock.lap("communicate")
-                if rows or strategy.replicas_agree:
+                if rows or strategy.steps_together(state):
                     replica.optimizer.step()
                 clock.lap("compute")
             loss_sum += value * rows
@@ -219,17 +232,20 @@ class Loop:
         """
         comms, replica, strategy = self.comms, self.replica, self.strategy
         values: list[float] = []
+        together = strategy.steps_together(state)
 
         def closure() -> float:
             nonlocal state
             replica.optimizer.zero_grad(set_to_none=True)
-            scale = strategy.loss_scale(rows_W, comms.rank)
+            scale = strategy.loss_scale(rows_W, comms.rank, state)
+            if batch:
+                strategy.on_backward(replica, state, rows_W, comms)
             values.append(self._backward(batch, scale, step, epoch) if batch else 0.0)
             state = strategy.on_gradients(replica, state, rows_W, comms)
             loss = torch.tensor(values[-1] * (scale if batch else 0.0), dtype=torch.float64)
-            return float(comms.all_reduce(loss) if strategy.replicas_agree else loss)
+            return float(comms.all_reduce(loss) if together else loss)
 
-        if batch or strategy.replicas_agree:
+        if batch or together:
             replica.optimizer.step(closure)
         return (values[0] if values else 0.0), state
 

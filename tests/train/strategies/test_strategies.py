@@ -28,6 +28,7 @@ EVERY: dict[str, Callable[[], Strategy]] = {
     **{name: kind for name, kind in STRATEGIES.items()},
     "averaging every step": lambda: ParameterAveraging(every=1),
     "averaging with optimizer state": lambda: ParameterAveraging(every=3, average_optimizer_state=True),
+    "post-local SGD": lambda: ParameterAveraging(every=2, allreduce_steps=3),
 }
 
 
@@ -54,18 +55,19 @@ def _train(
 ) -> Replica:
     """Train on `batches[step][rank]`; an empty batch is a step without rows."""
     replica = Replica(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True))
-    state = strategy.init(replica)
+    state = strategy.begin(replica, strategy.init(replica), comms)
     for step in batches:
         rows_W = np.array([len(x) for x, _ in step])
         x, y = step[comms.rank]
         replica.optimizer.zero_grad()
         if len(x):
-            (nn.functional.cross_entropy(net(x), y) * strategy.loss_scale(rows_W, comms.rank)).backward()
+            (nn.functional.cross_entropy(net(x), y) * strategy.loss_scale(rows_W, comms.rank, state)).backward()
         state = strategy.on_gradients(replica, state, rows_W, comms)
-        if len(x) or strategy.replicas_agree:
+        if len(x) or strategy.steps_together(state):
             replica.optimizer.step()
         state = strategy.on_step(replica, state, rows_W, comms)
     strategy.on_epoch(replica, state, comms)
+    strategy.close(replica)
     return replica
 
 

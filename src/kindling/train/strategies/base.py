@@ -7,9 +7,8 @@ the strategy's own state (tensors and JSON values, so that it checkpoints as dat
 from __future__ import annotations
 
 import json
-from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +27,8 @@ class Replica:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    aside: dict[str, Any] = field(default_factory=dict)
+    """What a strategy at work keeps beside its state: requests in flight, threads. Never saved."""
 
     @classmethod
     def of(cls, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Replica:
@@ -91,25 +92,46 @@ def _like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
 
 
-class Strategy(ABC):
-    """How workers agree. Subclasses are frozen dataclasses whose fields are JSON values."""
+class Strategy:
+    """How workers agree. Subclasses are frozen dataclasses whose fields are JSON values.
+
+    The order of calls, on every worker: `init`, or the state of a checkpoint; `begin`; for each step `loss_scale`,
+    `on_backward`, `on_gradients`, the optimizer's step, `on_step`; `settle` before every checkpoint; `on_epoch`,
+    `figures` at an epoch's end; `close` at last, also after an error. All workers make the same calls but one.
+    """
 
     deterministic: ClassVar[bool] = True
     """The same data, seed and workers give the same bits."""
     replicas_agree: ClassVar[bool]
     """Parameters and optimizer state are the same on every worker after every step."""
 
+    @property
+    def elastic(self) -> bool:
+        """Another number of workers computes the same, to float tolerance, for a net without batch statistics."""
+        return False
+
     def init(self, replica: Replica) -> State:
         """The state before the first step."""
         return {}
 
-    def loss_scale(self, rows_W: np.ndarray, rank: int) -> float:
+    def begin(self, replica: Replica, state: State, comms: Comms) -> State:
+        """Once, before the first step of a run or of its continuation: set up what works beside the state."""
+        return state
+
+    def steps_together(self, state: State) -> bool:
+        """Whether all workers take the coming step on shared gradients, those without rows too."""
+        return self.replicas_agree
+
+    def loss_scale(self, rows_W: np.ndarray, rank: int, state: State) -> float:
         """What the mean loss over this worker's rows is multiplied by before backward.
 
         Args:
             rows_W: rows of each worker in this step, shape (W,), int64; not all are zero.
         """
         return 1.0
+
+    def on_backward(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> None:
+        """Just before a step's last backward pass, and only where this worker has rows: a chance to send early."""
 
     def on_gradients(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> State:
         """After backward, before the optimizer's step."""
@@ -123,10 +145,42 @@ class Strategy(ABC):
         """At an epoch's end. Afterwards all replicas have the same parameters and statistics."""
         return state
 
+    def settle(self, replica: Replica, state: State, comms: Comms) -> State:
+        """Bring what is in flight to rest, so that the state returned and the replica are all there is to save."""
+        return state
+
+    def figures(self, state: State) -> dict[str, float]:
+        """The last epoch in the strategy's own terms, the same on every worker; asked after `on_epoch`."""
+        return {}
+
+    def regroup(self, states: Sequence[State], rank: int, world: int) -> State:
+        """The state of worker `rank` of `world`, from the settled states of all workers that saved, by rank.
+
+        The replicas then hold the mean of the weights that were saved. Nothing that was learned may be lost or doubled.
+        """
+        return dict(states[0])
+
+    def close(self, replica: Replica) -> None:
+        """Take down what `begin` set up; safe to call twice, and before `begin`."""
+
 
 def average_into(tensors: Sequence[Tensor], share: float, comms: Comms) -> None:
     """Replace the tensors by their weighted mean over the workers; `share` is this worker's weight, all sum to 1."""
     comms.sum_all(tensors, share)
+
+
+def share_gradients(replica: Replica, comms: Comms) -> None:
+    """Sum the gradients over the workers; one that has none, for want of rows or of a branch, takes part with zeros."""
+    if comms.world == 1:
+        return
+    gradients: list[Tensor] = []
+    for parameter in replica.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:  # every worker has other rows of it
+            parameter.grad = parameter.grad.to_dense()
+        gradients.append(parameter.grad)
+    comms.sum_all(gradients)
 
 
 def average_optimizer(replica: Replica, share: float, comms: Comms) -> None:
