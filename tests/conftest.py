@@ -76,6 +76,12 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in _EXPECTED and not k.startswith(("SPARK_", "PYSPARK_"))}
 
 
+def _of_the_session(thread: threading.Thread) -> bool:
+    """Whether the shared session's JVM has opened this thread, to call Python: it does so whenever it likes."""
+    target = getattr(thread, "_target", None)
+    return type(getattr(target, "__self__", None)).__module__.startswith("py4j.")
+
+
 @pytest.fixture(autouse=True)
 def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test leaves the world as found: environment, working directory, threads, the repository's top folder."""
@@ -97,7 +103,11 @@ def leave_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
         left.append(f"working directory: {Path.cwd()}")
     if new := set(os.listdir(ROOT)) - files - {".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}:
         left.append(f"files in the repository: {sorted(new)}")
-    alive = [thread.name for thread in threading.enumerate() if not thread.daemon and thread not in threads]
+    alive = [
+        thread.name
+        for thread in threading.enumerate()
+        if not thread.daemon and thread not in threads and not _of_the_session(thread)
+    ]
     if "spark" in request.fixturenames and "KINDLING_TEST_REMOTE" in os.environ:
         # The Connect client starts its own when it is first used, and ends them with the session.
         alive = [name for name in alive if not name.startswith("ThreadPoolExecutor")]

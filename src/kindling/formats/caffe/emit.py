@@ -60,7 +60,8 @@ class Emitter:
         """What each node gives, on the meta device."""
         self.weights: list[LayerWeights] = []
         self.aliases: dict[str, str] = {}
-        self._used: set[str] = set()
+        self._used: dict[str, int] = {}
+        """Names taken, with the number that the last layer of that name got."""
 
     def error(self, layer: Message, why: str) -> FormatError:
         """An error that names the layer, its type and its line."""
@@ -78,11 +79,12 @@ class Emitter:
             name = f"_{name}"
         if keyword.iskeyword(name) or hasattr(builtins, name) or hasattr(fx.GraphModule, name) or name in _TAKEN:
             name = f"{name}_layer"
-        free, count = name, 1
+        free, count = name, self._used.get(name, 1)
         while free in self._used:
             count += 1
             free = f"{name}__{count}"
-        self._used.add(free)
+        self._used[name] = count
+        self._used.setdefault(free, 1)
         return free
 
     def input(self, name: str, shape: Sequence[int]) -> fx.Node:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from kindling.errors import FormatError, KindlingError, did_you_mean
 from kindling.formats.caffe import losses
 from kindling.formats.caffe.data import PARAMETERS, Prepared, Source, prepare, read_mean, sources_of
-from kindling.formats.caffe.emit import MAX_ROW, Emitter
+from kindling.formats.caffe.emit import MAX_NODES, MAX_ROW, Emitter
 from kindling.formats.caffe.layers import LAYERS, CustomLayer, Site, custom, registered
 from kindling.formats.caffe.schema import Message, where
 from kindling.formats.caffe.select import State, select
@@ -151,6 +151,8 @@ class _Builder:
 
     def run(self) -> None:
         """Every layer, in order."""
+        if len(self.layers) > MAX_NODES:  # before the first is built
+            raise FormatError(f"{self.spec.what} has more than {MAX_NODES:,} layers.")
         readers, of_inputs = self._readers()
         self.of_inputs = of_inputs
         for name, shape in self.spec.inputs:
