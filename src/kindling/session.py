@@ -270,6 +270,8 @@ def _defaults(master: str, version: tuple[int, int]) -> dict[str, str]:
             "spark.driver.host": "127.0.0.1",
             "spark.ui.enabled": "false",
             "spark.driver.memory": _driver_memory(),
+            # Executors elsewhere may lack this package.
+            "spark.python.daemon.module": "kindling.daemon",
         }
     return options
 

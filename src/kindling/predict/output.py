@@ -42,6 +42,8 @@ HASH = "content_hash"
 _KEYS = f"path string, {HASH} long, error string"
 _FORMAT = 1
 _LISTED = 100
+_LOOKED_AT = 1_000_000
+"""Rows of a new folder whose paths the driver looks through by itself."""
 _OPTIONS = {
     # A task's files are put in place when the task ends, not when the whole job does.
     "mapreduce.fileoutputcommitter.algorithm.version": "2",
@@ -114,12 +116,16 @@ def featurize_to(
     with ship.translated(), ship.bounded_arrow_batches(spark), _bar(spark, shown=progress):
         features.write.mode("append").options(**_OPTIONS).parquet(folder.url)
     with ship.translated():
-        before_tidying = folder.counts()
-        computed = sum(rows for file, (rows, _) in before_tidying.items() if file not in old_files)
-        changed = folder.tidy(
-            df, model.preparation, label, features.schema, old_files, before_tidying, drop=on_error == "drop"
-        )
-        counts = folder.counts() if changed else before_tidying
+        counts = folder.new_counts() if not old_files and on_error != "drop" else None
+        if counts is not None:
+            computed = sum(rows for rows, _ in counts.values())
+        else:
+            before_tidying = folder.counts()
+            computed = sum(rows for file, (rows, _) in before_tidying.items() if file not in old_files)
+            changed = folder.tidy(
+                df, model.preparation, label, features.schema, old_files, before_tidying, drop=on_error == "drop"
+            )
+            counts = folder.counts() if changed else before_tidying
         found = _findings(model, df, folder, about, counts, dropped=on_error == "drop")
     seconds = time.monotonic() - began
     folder.write({**about, **found, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -291,6 +297,27 @@ class _Folder:
             return {}
         counted = self.keys().groupBy("file").agg(F.count("*").alias("rows"), F.count("error").alias("broken"))
         return {row["file"]: (row["rows"], row["broken"]) for row in counted.collect()}
+
+    def new_counts(self) -> dict[str, tuple[int, int]] | None:
+        """As `counts`, for a folder on this disk that was empty before: without a Spark job.
+
+        Returns: None where Spark has to look: on other file systems, and where there is something to tidy.
+        """
+        import pyarrow.parquet as pq
+
+        if self.place.local is None:
+            return None
+        files = {name: pq.ParquetFile(self.place.local / name) for name in sorted(self.files())}
+        rows = {name: file.metadata.num_rows for name, file in files.items()}
+        if not all(rows.values()) or sum(rows.values()) > _LOOKED_AT:
+            return None
+        paths: set[str] = set()
+        counts = {}
+        for name, file in files.items():
+            keys = file.read(["path", "error"])
+            paths.update(keys["path"].to_pylist())
+            counts[name] = rows[name], rows[name] - keys["error"].null_count
+        return counts if len(paths) == sum(rows.values()) else None
 
     def tidy(
         self,

@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,9 @@ def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> t
         _GLOB.search(paths[0]) or (_local_path(paths[0]) and not os.path.exists(str(_local_path(paths[0]))))
     )
     try:
-        frame: DataFrame = reader.load(paths * 2 if alone else paths)
-        files = _listed(frame)
+        with _listing_in_few_tasks(session):
+            frame: DataFrame = reader.load(paths * 2 if alone else paths)
+            files = _listed(frame)
     except AnalysisException as error:
         if "PATH_NOT_FOUND" in str(error) or "Path does not exist" in str(error):
             missing = re.search(r"does not exist: (.*?)\.?(?: SQLSTATE|\n|;|$)", str(error))
@@ -167,6 +169,28 @@ def _load(session: SparkSession, paths: list[str], given: Sequence[object]) -> t
     if not files:
         raise DataError(f"{_shown(given)} holds no files (names that begin with '.' or '_' are skipped).")
     return frame, files
+
+
+@contextmanager
+def _listing_in_few_tasks(session: SparkSession) -> Iterator[None]:
+    """Spark lists many folders by a job with a task for each: with a hundred classes a second of tasks on one host."""
+    name = "spark.sql.sources.parallelPartitionDiscovery.parallelism"
+    before = session.conf.get(name, None)
+    if before is not None and before != _SPARKS_LISTING:
+        yield  # the user's own choice
+        return
+    session.conf.set(name, str(4 * _slots(session)))
+    try:
+        yield
+    finally:
+        if before is None:
+            session.conf.unset(name)
+        else:
+            session.conf.set(name, before)
+
+
+_SPARKS_LISTING = "10000"
+"""Spark's default for the tasks of a listing."""
 
 
 def _listed(frame: DataFrame) -> list[str]:
