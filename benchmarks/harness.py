@@ -81,6 +81,8 @@ class Case:
     """Judged in the full preset only."""
     rounds: int = 3
     """Default number of rounds of the full preset."""
+    draw: Callable[[Path, Path], Path | None] | None = None
+    """Draws the newest full figures: (results file, folder of the documents) to the picture, None without figures."""
 
 
 @dataclass
@@ -287,8 +289,11 @@ def run_together(
     python: str | Path = sys.executable,
     timeout_s: float = 3600,
     env: Mapping[str, str] | None = None,
+    prefixes: Sequence[Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run `programs/PROGRAM.py` once per spec, all at the same time, and return the JSON object each printed last.
+
+    `prefixes` holds, by spec, words before the command: what runs a child in a network of its own.
 
     Each child gets its spec as one line of JSON on its standard input (a command line is too short for many paths).
     A child that prepares first and times afterwards prints the line `ready` and waits for another line; all are let go
@@ -302,7 +307,7 @@ def run_together(
     bare |= {"PYTHONPATH": str(REPOSITORY), **(env or {})}
     children = [
         subprocess.Popen(
-            [str(python), "-m", f"benchmarks.programs.{program}"],
+            [*prefix, str(python), "-m", f"benchmarks.programs.{program}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -310,7 +315,7 @@ def run_together(
             env=bare,
             cwd=tempfile.gettempdir(),  # Spark and Ray leave folders where they were started
         )
-        for _ in specs
+        for prefix in prefixes or [()] * len(specs)
     ]
     # Nobody reads the children's standard error while they wait for each other: a full pipe would stop them.
     errors: list[list[str]] = [[] for _ in children]

@@ -209,6 +209,50 @@ def mnist(*, tiny: bool) -> dict[str, Path]:
     return {key: folder / name for key, name in names.items()}
 
 
+def mnist_arrays(train: int, test: int, *, tiny: bool) -> Path:
+    """A .npz of the first rows of MNIST: train_x (n, 784) float32 in [0, 1], train_y int64, test_x, test_y."""
+    folder = cache() / f"{'digits' if tiny else 'mnist'}-arrays-{train}x{test}"
+    if not folder.exists():
+        files = mnist(tiny=tiny)
+        building = Path(tempfile.mkdtemp(dir=cache()))
+        arrays = {}
+        for side, rows in (("train", train), ("test", test)):
+            pixels = read_idx(files[f"{side}_images"])[:rows]
+            arrays[f"{side}_x"] = (pixels.reshape(len(pixels), -1) / 255).astype(np.float32)
+            arrays[f"{side}_y"] = read_idx(files[f"{side}_labels"])[:rows].astype(np.int64)
+        np.savez(building / "arrays.npz", **arrays)
+        _publish(building, folder)
+    return folder / "arrays.npz"
+
+
+def mnist_table(rows: int, *, tiny: bool) -> Path:
+    """A Parquet folder of the first rows of MNIST's training set: features array<float> in [0, 1], label string."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = cache() / f"{'digits' if tiny else 'mnist'}-table-{rows}"
+    if not folder.exists():
+        with np.load(mnist_arrays(rows, 1, tiny=tiny)) as arrays:
+            x, y = arrays["train_x"], arrays["train_y"]
+        building = Path(tempfile.mkdtemp(dir=cache()))
+        parts = 4
+        for part in range(parts):
+            piece = slice(part * len(x) // parts, (part + 1) * len(x) // parts)
+            flat = pa.array(x[piece].reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, x.shape[1]).cast(pa.list_(pa.float32()))
+            table = pa.table({"features": lists, "label": pa.array([str(label) for label in y[piece]])})
+            pq.write_table(table, building / f"part-{part:05d}.parquet", compression="snappy")
+        _publish(building, folder)
+    return folder
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A gzipped IDX file of bytes as an array."""
+    data = gzip.decompress(path.read_bytes())
+    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
 def _write_idx(path: Path, array: np.ndarray) -> None:
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes(), mtime=0))

@@ -34,6 +34,11 @@ CASES = (
     "memory",
     "mnist_lenet",
     "transfer_caltech101",
+    "lenet_epoch",
+    "ddp_overhead",
+    "torch_distributor",
+    "spool",
+    "network",
 )
 """The registry: each name is a module of this package with one `CASE`."""
 
@@ -99,6 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.write_docs:
         page = REPOSITORY / "docs" / "BENCHMARKS.md"
         page.write_text(fill(page.read_text(encoding="utf-8"), asked.results), encoding="utf-8")
+        for case in map(find, CASES):
+            results = asked.results / f"{case.name}.jsonl"
+            if case.draw is not None and results.exists():
+                case.draw(results, page.parent)
         return 0
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:

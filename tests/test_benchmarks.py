@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +53,7 @@ def test_every_case_is_registered_and_documented(run: Any) -> None:
         assert [name for name in run.CASES if f"`{name}`" not in text] == [], page
 
 
-@pytest.mark.parametrize("module", ["harness", "inputs", "optimum", "page"])
+@pytest.mark.parametrize("module", ["harness", "inputs", "links", "network", "optimum", "page"])
 def test_examples_in_the_docstrings_hold(run: Any, module: str) -> None:
     pytest.importorskip("sklearn")
     found = doctest.testmod(importlib.import_module(f"benchmarks.{module}"))
@@ -138,6 +140,48 @@ def test_the_list_names_every_target(run: Any, capsys: pytest.CaptureFixture[str
     assert all(name in told for name in run.CASES)
 
 
+@pytest.fixture
+def links(run: Any) -> Any:
+    module = importlib.import_module("benchmarks.links")
+    if why := module.missing():
+        pytest.skip(why)
+    return module
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.03])
+def test_a_link_has_its_rate_and_delay_and_leaves_nothing_behind(links: Any, delay_s: float) -> None:
+    """A megabyte over 10 Mbit/s takes 0.8 s; a word and its answer take two delays more."""
+    server = (
+        "import socket; s = socket.create_server(('10.77.0.1', 5000)); print('up', flush=True); c, _ = s.accept()\n"
+        "c.sendall(c.recv(1)); n = 0\nwhile n < 1000000: n += len(c.recv(1 << 16))\nc.sendall(b'!')"
+    )
+    client = (
+        "import socket, time; c = socket.create_connection(('10.77.0.1', 5000)); t = time.perf_counter()\n"
+        "c.sendall(b'?'); c.recv(1); u = time.perf_counter(); c.sendall(bytes(1000000)); c.recv(1)\n"
+        "print(u - t, time.perf_counter() - u)"
+    )
+    with links.network(2, links.Link(rate_bit_s=1e7, delay_s=delay_s)) as net:
+        there = [[*prefix, sys.executable, "-c"] for prefix in net.prefixes]
+        with subprocess.Popen([*there[0], server], stdout=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline() == "up\n"
+            told = subprocess.run([*there[1], client], capture_output=True, text=True, timeout=60, check=True).stdout
+    answered_s, sent_s = map(float, told.split())
+    assert 2 * delay_s <= answered_s
+    assert 0.7 <= sent_s
+    spaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert f"kindling-{os.getpid()}-" not in spaces
+
+
+def test_every_strategy_is_tried_on_slow_networks(run: Any) -> None:
+    from kindling.train.strategies import STRATEGIES
+
+    tried = importlib.import_module("benchmarks.network").trials()
+    assert {kind for kind, _ in tried.values()} == set(STRATEGIES)
+    for kind, settings in tried.values():
+        STRATEGIES[kind](**settings)  # settings that it has
+
+
 CASES = [
     "featurize_vgg16",
     "featurize_squeezenet",
@@ -146,7 +190,14 @@ CASES = [
     pytest.param("memory", marks=[pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]),
     "mnist_lenet",
     pytest.param("transfer_caltech101", marks=pytest.mark.slow),
+    "lenet_epoch",
+    "ddp_overhead",
+    "torch_distributor",
+    "spool",
+    "network",
 ]
+LEFT_OUT = ("Ray Data", "Daft", "MobileNetV2", "bf16", "100 Mbit/s")
+"""Of every case's targets, those whose values the tiny presets do not have: peers, the second backbone, slow links."""
 
 
 @pytest.mark.spark
@@ -155,6 +206,8 @@ CASES = [
 def test_tiny_preset(run: Any, harness: Any, spark: Any, tmp_path: Path, name: str) -> None:
     pytest.importorskip("sklearn")
     case = run.find(name)
+    if name == "network" and (why := importlib.import_module("benchmarks.links").missing()):
+        pytest.skip(why)
     bench = harness.Bench(
         case=case, preset="tiny", rounds=1, results=tmp_path, peers=False, quiet=True, spark=spark, command="test"
     )
@@ -163,11 +216,6 @@ def test_tiny_preset(run: Any, harness: Any, spark: Any, tmp_path: Path, name: s
     assert last["case"] == name
     assert all(figure >= 0 for figures in last["runs"].values() for figure in figures)
     absent = [target["value"] for target in last["targets"] if target["seen"] is None]
-    named = [
-        value for value in absent if not any(other in value for other in ("Ray Data", "Daft", "MobileNetV2", "bf16"))
-    ]
-    assert (
-        named == []
-    )  # the tiny presets leave out peers, the second backbone and bf16; every other target has its value
+    assert [value for value in absent if not any(other in value for other in LEFT_OUT)] == []
     cosine = last["values"].get("mean cosine of features, kindling and plain script")
     assert cosine is None or cosine > 0.99
