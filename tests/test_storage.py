@@ -53,6 +53,14 @@ def keep_promises(place: Place, local: Path) -> None:
     assert place.size("deep/big.bin") == len(big)
     place.download("deep/big.bin", str(local / "back"))
     assert (local / "back").read_bytes() == big
+    with place.new_file("deep/new.bin") as path:
+        path.write_bytes(b"three")
+    assert place.read("deep/new.bin") == b"three"
+    with pytest.raises(StorageError, match=r"half\.bin.*No space left"), place.new_file("deep/half.bin") as path:
+        path.write_bytes(b"fo")
+        raise OSError("No space left on device")
+    assert not place.exists("deep/half.bin")
+    place.delete("deep/new.bin")
     with pytest.raises(StorageError, match="nothing"):
         place.read("nothing")
     with pytest.raises(StorageError, match="nothing"):

@@ -67,6 +67,18 @@ class Place(ABC):
             copy.write_bytes(data)
             self.upload(copy, name)
 
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        """A path of this machine to write a large file to; where the block ends well, it stands in the place, whole.
+
+        Raises: StorageError, when the block or the way there fails.
+        """
+        with tempfile.TemporaryDirectory(prefix="kindling-") as folder:
+            copy = Path(folder) / "file"
+            with _told(f"cannot write {self._url(name)}"):
+                yield copy
+            self.upload(copy, name)
+
     @abstractmethod
     def exists(self, name: str = "") -> bool:
         """Whether there is a file or a folder of that name; `""` asks for the place itself."""
@@ -197,6 +209,11 @@ class LocalPlace(Place):
     def write(self, name: str, data: bytes) -> None:
         with _told(f"cannot write {self._at(name)}"), self._whole(name) as part:
             part.write_bytes(data)
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        with _told(f"cannot write {self._at(name)}"), self._whole(name) as part:
+            yield part
 
     @contextlib.contextmanager
     def _whole(self, name: str) -> Iterator[Path]:

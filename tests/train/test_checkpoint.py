@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, and damaged ones are noticed and passed over."""
+"""Checkpoints come back bit for bit, hold everything once, and damaged ones are noticed and passed over."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from kindling.errors import FormatError
-from kindling.storage import open_place
+from kindling.storage import Place, open_place
 from kindling.train import checkpoint
+from kindling.train.checkpoint import Part
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -24,6 +27,17 @@ OPTIMIZERS: dict[str, Any] = {
     "rprop": lambda p: torch.optim.Rprop(p),
     "lbfgs": lambda p: torch.optim.LBFGS(p),
 }
+
+
+def write(place: Place, step: int, states: list[dict[str, Any]], **about: Any) -> None:
+    """A whole checkpoint in which every worker stores all that it has."""
+    parts = []
+    for rank, state in enumerate(states):
+        record, tensors = checkpoint.split_state(state)
+        name = f"{rank}.safetensors"
+        checkpoint.write_tensors(place, step, name, {k: t.clone() for k, t in tensors.items()})
+        parts.append(Part(record, {k: checkpoint.tensor_digest(t) for k, t in tensors.items()}, name))
+    checkpoint.write_manifest(place, step, parts, about)
 
 
 def _trained(make: Any, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -47,85 +61,120 @@ def _go_on(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> N
         optimizer.step(closure)
 
 
-def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"module": dict(module.state_dict()), "optimizer": optimizer.state_dict(), "history": [{"loss": 0.1}]}
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     place = open_place(str(tmp_path))
     module, optimizer = _trained(OPTIMIZERS[name], 3)
-    checkpoint.write_part(place, 3, 0, _state(module, optimizer))
-    checkpoint.write_manifest(place, 3, 1, {})
+    state = {"module": dict(module.state_dict()), "optimizer": optimizer.state_dict(), "history": [{"loss": 0.1}]}
+    write(place, 3, [state], epoch=1)
     _go_on(module, optimizer, 4)
     other, other_optimizer = _trained(OPTIMIZERS[name], 0)
-    part = checkpoint.read_part(place, 3, 0, 1)
-    other.load_state_dict(part.state["module"])
-    other_optimizer.load_state_dict(part.state["optimizer"])
+    found = checkpoint.read(place, 3)
+    other.load_state_dict(found.states[0]["module"])
+    other_optimizer.load_state_dict(found.states[0]["optimizer"])
     _go_on(other, other_optimizer, 4)
     for key, value in module.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
-    assert part.state["history"] == [{"loss": 0.1}]
+    assert found.states[0]["history"] == [{"loss": 0.1}]
+    assert (found.step, found.world, found.manifest["epoch"]) == (3, 1, 1)
 
 
-def _three(tmp_path: Path) -> Any:
+_LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**60), 2**60),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from([torch.ones(2), torch.zeros(0, 3), torch.tensor(7), torch.tensor([True]), torch.ones(2).bfloat16()]),
+)
+_KEYS = st.one_of(st.text(max_size=3), st.integers(0, 3))
+_VALUES = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(_KEYS, inner, max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other or one != one)  # or a NaN
+
+
+@pytest.mark.fuzz
+@settings(max_examples=60, deadline=None)
+@given(state=st.dictionaries(st.text(max_size=3), _VALUES, max_size=4))
+def test_any_state_comes_back(state: dict[str, Any]) -> None:
+    record, tensors = checkpoint.split_state(state)
+    back = {key: checkpoint.decode(value, tensors) for key, value in json.loads(json.dumps(record)).items()}
+    assert _same(state, back)
+
+
+def _three(tmp_path: Path) -> Place:
     place = open_place(str(tmp_path))
     for step in (10, 20, 30):
-        for rank in range(2):
-            checkpoint.write_part(place, step, rank, {"w": torch.full((3,), float(step)), "rank": rank})
-        checkpoint.write_manifest(place, step, 2, {})
+        write(place, step, [{"w": torch.full((3,), float(step)), "rank": rank} for rank in range(2)])
     return place
 
 
-@pytest.mark.parametrize("name", ["rank-0001.json", "rank-0001.safetensors", "manifest.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+@pytest.mark.parametrize("name", ["0.safetensors", "1.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "first", "empty", "remove"])
 def test_a_damaged_file_is_noticed(tmp_path: Path, name: str, damage: str) -> None:
     place = _three(tmp_path)
     path = tmp_path / "checkpoints" / f"{30:012d}" / name
     data = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "flip":
-        data[len(data) // 2] ^= 0x10
-        path.write_bytes(data)
-    else:
+    at = len(data) - 5 if name.endswith("safetensors") else len(data) // 2
+    if damage == "remove":
         path.unlink()
+    else:
+        data[at] ^= 0x10
+        data[0] ^= damage == "first"
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(damage, bytes(data)))
     if name == "manifest.json" and damage == "remove":
         assert checkpoint.steps_on_disk(place) == [20, 10]
-        return
-    if name == "manifest.json" and damage == "flip":
-        # Which byte was hit decides; whatever is read must not be taken for another checkpoint.
-        try:
-            part = checkpoint.read_part(place, 30, 1, 2)
-        except FormatError:
-            return
-        assert part.state["w"].tolist() == [30.0] * 3
-        return
-    with pytest.raises(FormatError):
-        checkpoint.read_part(place, 30, 1, 2)
-    assert checkpoint.read_part(place, 20, 1, 2).state["w"].tolist() == [20.0] * 3
+    with pytest.raises(FormatError, match=r"checkpoint 30 cannot be read|not the file that was written"):
+        checkpoint.read(place, 30)
+    assert checkpoint.read(place, 20).states[1]["w"].tolist() == [20.0] * 3
 
 
-def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="2 workers"):
-        checkpoint.read_part(_three(tmp_path), 30, 0, 3)
-
-
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    place = _three(tmp_path)
-    checkpoint.keep_newest(place, 2)
-    assert checkpoint.steps_on_disk(place) == [30, 20]
-    assert not list((tmp_path / "checkpoints" / f"{10:012d}").glob("*"))
-
-
-def test_nothing_but_data_is_stored(tmp_path: Path) -> None:
+def test_every_single_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     place = open_place(str(tmp_path))
+    write(place, 1, [{"w": torch.ones(2)}])
+    path = tmp_path / checkpoint.folder(1) / "manifest.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x01]) + whole[at + 1 :])
+        with pytest.raises(FormatError):
+            checkpoint.read(place, 1)
+
+
+def test_a_worker_that_was_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="of 2 workers"):
+        checkpoint.read(_three(tmp_path), 30, [2])
+
+
+def test_what_is_not_kept_is_removed_and_so_are_older_halves(tmp_path: Path) -> None:
+    place = _three(tmp_path)
+    for step in (15, 40):  # nobody declared them whole
+        checkpoint.write_tensors(place, step, "0.safetensors", {"w": torch.ones(3)})
+    checkpoint.keep_only(place, {10, 30}, newest=30)
+    assert checkpoint.steps_on_disk(place) == [30, 10]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"{step:012d}" for step in (10, 30, 40)]  # another may be at work on the 40th
+
+
+def test_nothing_but_data_is_stored() -> None:
     with pytest.raises(FormatError, match="cannot hold a set"):
-        checkpoint.write_part(place, 1, 0, {"bad": {1, 2}})
-    checkpoint.write_part(place, 2, 0, {"good": [1, 2.5, None, True, "x", (1, 2), {3: torch.ones(2)}]})
-    checkpoint.write_manifest(place, 2, 1, {})
-    back = checkpoint.read_part(place, 2, 0, 1).state["good"]
-    assert back[:5] == [1, 2.5, None, True, "x"]
-    assert back[5] == (1, 2)
-    assert torch.equal(back[6][3], torch.ones(2))
-    json.loads((tmp_path / "checkpoints" / f"{2:012d}" / "manifest.json").read_text())
+        checkpoint.split_state({"bad": {1, 2}})
+    with pytest.raises(FormatError, match="cannot hold a tensor of layout"):
+        checkpoint.split_state({"bad": torch.eye(2).to_sparse()})

@@ -1,51 +1,66 @@
-"""Checkpoints: everything a worker needs to go on bit for bit, as safetensors and JSON; never pickle.
+"""Checkpoints on disk: everything a worker needs to go on bit for bit, as safetensors and JSON; never pickle.
 
-`checkpoints/STEP/` holds `rank-RRRR.safetensors` and `rank-RRRR.json` for every worker and, written last,
-`manifest.json` with the sha256 of all of them: a directory without a valid manifest is no checkpoint. Knows torch and
-`storage`; no Spark.
+`checkpoints/STEP/` holds, of each attempt A that came so far, `A-all.safetensors` (rank 0's tensors) and
+`A-rank-RRRR.safetensors` (of other workers, only what differs from rank 0's), and, written last, `manifest.json`: every
+worker's state with the SHA-256 of each tensor, and of itself. A folder without a valid manifest is no checkpoint. What
+is worth keeping is decided in `policy.py`; when and by whom parts are written, in `writer.py`; how the states of W
+workers become those of another number, in `elastic.py`. Knows torch and `storage`; no Spark.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
-from kindling.errors import FormatError, StorageError
+from kindling.errors import FormatError, KindlingError
 from kindling.storage import Place
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+MANIFEST = "manifest.json"
+_ODD = re.compile(r"[^\w.\-]")
 
 
-def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON; tensors are put aside under numbered names.
+def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """A nested state as JSON; tensors are put aside under names made of where they stand.
 
     >>> import torch
     >>> put_aside: dict[str, Tensor] = {}
     >>> encode({0: {"step": torch.tensor(3.0), "betas": (0.9, 0.999)}}, put_aside)
-    {'dict': [[0, {'dict': [['step', {'tensor': 't0'}], ['betas', {'tuple': [0.9, 0.999]}]]}]]}
+    {'dict': [[0, {'dict': [['step', {'tensor': '0/step'}], ['betas', {'tuple': [0.9, 0.999]}]]}]]}
     >>> put_aside
-    {'t0': tensor(3.)}
+    {'0/step': tensor(3.)}
     """
     if isinstance(value, Tensor):
-        name = f"t{len(tensors)}"
+        if value.layout != torch.strided:
+            raise FormatError(f"a checkpoint cannot hold a tensor of layout {value.layout} ({path}); dense ones only.")
+        name, again = path or "tensor", 1
+        while name in tensors:
+            name, again = f"{path}~{again}", again + 1
         tensors[name] = value.detach()
         return {"tensor": name}
     if isinstance(value, Mapping):
-        return {"dict": [[key, encode(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[key, encode(item, tensors, _below(path, key))] for key, item in value.items()]}
     if isinstance(value, tuple):
-        return {"tuple": [encode(item, tensors) for item in value]}
+        return {"tuple": [encode(item, tensors, _below(path, index)) for index, item in enumerate(value)]}
     if isinstance(value, list):
-        return {"list": [encode(item, tensors) for item in value]}
+        return {"list": [encode(item, tensors, _below(path, index)) for index, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise FormatError(f"a checkpoint cannot hold a {type(value).__name__} ({value!r}); tensors, numbers and text only.")
+
+
+def _below(path: str, key: object) -> str:
+    name = _ODD.sub("_", str(key))
+    return f"{path}/{name}" if path else name
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -61,76 +76,167 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256, as hex, of a tensor's dtype, shape and bytes."""
+    plain = tensor.detach().cpu().contiguous()
+    total = hashlib.sha256(f"{plain.dtype} {list(plain.shape)}\n".encode())
+    if plain.numel():
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def value_digest(value: Any) -> str:
+    """SHA-256, as hex, of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One worker's share of a checkpoint."""
+
+    record: Mapping[str, Any]
+    """Encoded values by their key in the state; of rank 0 all of them, of others those that differ from its own."""
+    tensors: Mapping[str, str]
+    """Name -> digest of each tensor in this worker's own file; those it does not name are rank 0's."""
+    file: str | None
+    """Name of that file inside the checkpoint; None where nothing differs."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"record": dict(self.record), "tensors": dict(self.tensors), "file": self.file}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Part:
+        return cls(data["record"], data["tensors"], data["file"])
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What one worker reads back."""
+    """What is read back: the manifest, and the states of the workers that were asked for, by their rank."""
 
     step: int
-    state: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    states: Mapping[int, dict[str, Any]]
+
+    @property
+    def world(self) -> int:
+        """The workers that wrote it."""
+        return int(self.manifest["world"])
 
 
-def _folder(step: int) -> str:
+def folder(step: int) -> str:
+    """Where the checkpoint of a step lies in the run directory."""
     return f"checkpoints/{step:012d}"
 
 
-def write_part(place: Place, step: int, rank: int, state: Mapping[str, Any]) -> None:
-    """One worker's part of a checkpoint."""
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A state as encoded values by key, and its tensors by name (no copies)."""
     tensors: dict[str, Tensor] = {}
-    record = encode(dict(state), tensors)
-    blob = save_tensors({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
-    place.write(f"{_folder(step)}/rank-{rank:04d}.safetensors", blob)
-    body = {"state": record, "sha256": hashlib.sha256(blob).hexdigest()}
-    place.write(f"{_folder(step)}/rank-{rank:04d}.json", json.dumps(body).encode())
+    return {key: encode(value, tensors, _below("", key)) for key, value in state.items()}, tensors
 
 
-def write_manifest(place: Place, step: int, world: int, about: Mapping[str, Any]) -> None:
+def write_tensors(place: Place, step: int, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """One file of tensors (contiguous, each with memory of its own) in the folder of a step.
+
+    Raises: StorageError, when the place is full or gone.
+    """
+    with place.new_file(f"{folder(step)}/{name}") as path:
+        save_file(dict(tensors), path)
+
+
+def write_manifest(place: Place, step: int, parts: Sequence[Part], about: Mapping[str, Any]) -> None:
     """Declare a checkpoint whole, after every worker has written its part."""
-    parts = {}
-    for rank in range(world):
-        name = f"rank-{rank:04d}.json"
-        parts[name] = hashlib.sha256(place.read(f"{_folder(step)}/{name}")).hexdigest()
-    body = {"version": CHECKPOINT_VERSION, "step": step, "world": world, "parts": parts, **about}
-    place.write(f"{_folder(step)}/manifest.json", json.dumps(body).encode())
+    body = {
+        "version": CHECKPOINT_VERSION,
+        "step": step,
+        "world": len(parts),
+        **about,
+        "parts": [part.to_json() for part in parts],
+    }
+    body = json.loads(json.dumps(body))  # as it will be read, so that the digest is of the same
+    place.write(f"{folder(step)}/{MANIFEST}", json.dumps({**body, "sha256": value_digest(body)}).encode())
 
 
 def steps_on_disk(place: Place) -> list[int]:
     """Steps that have a manifest, newest first."""
-    found = set()
+    return sorted((step for step, whole in _folders(place).items() if whole), reverse=True)
+
+
+def _folders(place: Place) -> dict[int, bool]:
+    """Steps that have a folder, and whether there is a manifest in it."""
+    found: dict[int, bool] = {}
     for name in place.list("checkpoints"):
         head, _, tail = name.removeprefix("checkpoints/").partition("/")
-        if tail == "manifest.json" and head.isdigit():
-            found.add(int(head))
-    return sorted(found, reverse=True)
+        if head.isdigit():
+            found[int(head)] = found.get(int(head), False) or tail == MANIFEST
+    return found
 
 
-def read_part(place: Place, step: int, rank: int, world: int) -> Checkpoint:
-    """One worker's part, checked against the manifest.
+def read_manifest(place: Place, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked against its own digest.
 
-    Raises: FormatError, when a file is missing, altered, or of another number of workers.
+    Raises: FormatError, when it is missing, altered, or of another version.
     """
-    folder = _folder(step)
+    where = f"{folder(step)}/{MANIFEST}"
     try:
-        manifest = json.loads(place.read(f"{folder}/manifest.json"))
-        name = f"rank-{rank:04d}.json"
-        raw = place.read(f"{folder}/{name}")
-        blob = place.read(f"{folder}/rank-{rank:04d}.safetensors")
-        if manifest["version"] != CHECKPOINT_VERSION or manifest["world"] != world:
-            raise FormatError(f"checkpoint {step} is of version {manifest['version']} and {manifest['world']} workers.")
-        if hashlib.sha256(raw).hexdigest() != manifest["parts"][name]:
-            raise FormatError(f"{folder}/{name} is not the file that the manifest names.")
-        record = json.loads(raw)
-        if hashlib.sha256(blob).hexdigest() != record["sha256"]:
-            raise FormatError(f"{folder}/rank-{rank:04d}.safetensors is not the file that was written.")
-        return Checkpoint(step, decode(record["state"], load_tensors(blob)))
-    except (StorageError, OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, FormatError):
-            raise
+        body = json.loads(place.read(where))
+        digest = body.pop("sha256")
+        if digest != value_digest(body):
+            raise FormatError(f"{where} is not the file that was written.")
+        if body["version"] != CHECKPOINT_VERSION:
+            raise FormatError(f"checkpoint {step} is of version {body['version']}; this kindling reads version 2.")
+        return dict(body)
+    except FormatError:
+        raise
+    except (KindlingError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"checkpoint {step} cannot be read: {error}") from error
 
 
-def keep_newest(place: Place, count: int) -> None:
-    """Delete all checkpoints but the newest `count`; the manifest goes first: none looks whole while it goes."""
-    for step in steps_on_disk(place)[count:]:
-        names = place.list(_folder(step))
-        for name in sorted(names, key=lambda n: not n.endswith("manifest.json")):
-            place.delete(name)
+def read(place: Place, step: int, ranks: Sequence[int] | None = None) -> Checkpoint:
+    """A checkpoint, or the states of some of its workers, checked against the manifest.
+
+    Args:
+        ranks: whose states to read; None for those of all workers that wrote it.
+    Raises: FormatError, when a file is missing or altered, or a rank was not among the workers.
+    """
+    manifest = read_manifest(place, step)
+    try:
+        parts = [Part.from_json(part) for part in manifest["parts"]]
+        wanted = range(len(parts)) if ranks is None else ranks
+        if not all(rank < len(parts) for rank in wanted):
+            raise FormatError(f"checkpoint {step} is of {len(parts)} workers.")
+        common = _load(place, step, parts[0])
+        states = {}
+        for rank in wanted:
+            own = _load(place, step, parts[rank]) if rank else {}
+            record = {**parts[0].record, **parts[rank].record}
+            states[rank] = {key: decode(value, {**common, **own}) for key, value in record.items()}
+        return Checkpoint(step, manifest, states)
+    except FormatError:
+        raise
+    except Exception as error:  # safetensors has an error class of its own for each kind of damage
+        raise FormatError(f"checkpoint {step} cannot be read: {error}") from error
+
+
+def _load(place: Place, step: int, part: Part) -> dict[str, Tensor]:
+    if part.file is None:
+        return {}
+    tensors = load_tensors(place.read(f"{folder(step)}/{part.file}"))
+    for name, digest in part.tensors.items():
+        if name not in tensors or tensor_digest(tensors[name]) != digest:
+            raise FormatError(f"{folder(step)}/{part.file} is not the file that was written (see {name!r}).")
+    return tensors
+
+
+def discard(place: Place, step: int) -> None:
+    """Remove a checkpoint; the manifest goes first: it never looks whole while it goes."""
+    names = place.list(folder(step))
+    for name in sorted(names, key=lambda n: not n.endswith(MANIFEST)):
+        place.delete(name)
+    place.delete(folder(step))
+
+
+def keep_only(place: Place, kept: set[int], newest: int) -> None:
+    """Remove all checkpoints but those of the steps in `kept`, and whatever unfinished ones are older than `newest`."""
+    for step, whole in _folders(place).items():
+        if step not in kept and (whole or step < newest):
+            discard(place, step)
