@@ -85,7 +85,9 @@ _LEAVES = st.one_of(
     st.integers(-(2**60), 2**60),
     st.floats(),
     st.text(max_size=5),
-    st.sampled_from([torch.ones(2), torch.zeros(0, 3), torch.tensor(7), torch.tensor([True]), torch.ones(2).bfloat16()]),
+    st.sampled_from(
+        [torch.ones(2), torch.zeros(0, 3), torch.tensor(7), torch.tensor([True]), torch.ones(2).bfloat16()]
+    ),
 )
 _KEYS = st.one_of(st.text(max_size=3), st.integers(0, 3))
 _VALUES = st.recursive(

@@ -317,6 +317,7 @@ class WaitForDeath:
             gone = [file for file in files if os.path.exists(file)]
             # The other worker comes here at the same time: one death an attempt.
             if len(gone) < self.deaths and all(time.time() - os.path.getmtime(file) > 1.5 for file in gone):
+                time.sleep(1)  # let the last checkpoint, which is written in the background, reach the disk
                 with contextlib.suppress(FileExistsError), open(files[len(gone)], "x") as file:
                     file.write(f"{os.getpid()}\n")
                     file.flush()

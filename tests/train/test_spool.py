@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kindling.errors import StorageError
-from kindling.train.spool import TRAIN, VALIDATION, Spool, to_blob
+from kindling.train.spool import TRAIN, VALIDATION, Spool, content_sum, data_fingerprint, to_blob
 
 SPEC = {"image": ("uint8", (2, 3)), "label": ("int64", ())}
 
@@ -46,6 +46,33 @@ def test_rows_come_back_as_they_went() -> None:
     assert len(spool.rows(VALIDATION)) == 4
     spool.close()
     assert not spool.directory.exists()
+
+
+def _told(parts: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> object:
+    return data_fingerprint(
+        {"stream": TRAIN, "rows": len(hashes), "content": content_sum(arrays, hashes)} for arrays, hashes in parts
+    )
+
+
+def test_the_fingerprint_of_rows_depends_on_rows_alone() -> None:
+    arrays, hashes = _part(40, 0)
+    whole = _told([(arrays, hashes)])
+    order = np.random.default_rng(1).permutation(40)
+    parts = [({name: a[mine] for name, a in arrays.items()}, hashes[mine]) for mine in np.split(order, [3, 3, 20])]
+    assert _told(parts) == whole
+    for name in SPEC:  # one number of one row
+        changed = {**arrays, name: arrays[name].copy()}
+        changed[name].reshape(40, -1)[7, -1] += 1
+        assert _told([(changed, hashes)]) != whole
+    other = int((arrays["label"] != arrays["label"][0]).argmax())
+    exchanged = arrays["label"].copy()
+    exchanged[[0, other]] = exchanged[[other, 0]]
+    swapped = {**arrays, "label": exchanged}
+    assert _told([(swapped, hashes)]) != whole
+    mirrored = {**arrays, "image": arrays["image"][:, :, ::-1]}
+    assert _told([(mirrored, hashes)]) != whole
+    fewer = {name: a[1:] for name, a in arrays.items()}
+    assert _told([(fewer, hashes[1:])]) != whole
 
 
 def test_no_rows_at_all() -> None:

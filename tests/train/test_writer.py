@@ -36,7 +36,9 @@ class SlowPlace(LocalPlace):
             yield path
 
 
-def _writers(place: Place, world: int, policy: Checkpoints | None = None, **more: Any) -> tuple[list[Writer], list[Any]]:
+def _writers(
+    place: Place, world: int, policy: Checkpoints | None = None, **more: Any
+) -> tuple[list[Writer], list[Any]]:
     board, told = LocalBoard(), []  # type: ignore[var-annotated]
 
     def note(kind: str, **data: Any) -> None:

@@ -220,7 +220,7 @@ def read(place: Place, step: int, ranks: Sequence[int] | None = None) -> Checkpo
 def _load(place: Place, step: int, part: Part) -> dict[str, Tensor]:
     if part.file is None:
         return {}
-    tensors = load_tensors(place.read(f"{folder(step)}/{part.file}"))
+    tensors: dict[str, Tensor] = load_tensors(place.read(f"{folder(step)}/{part.file}"))
     for name, digest in part.tensors.items():
         if name not in tensors or tensor_digest(tensors[name]) != digest:
             raise FormatError(f"{folder(step)}/{part.file} is not the file that was written (see {name!r}).")

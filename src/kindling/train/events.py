@@ -130,7 +130,7 @@ class EventLog:
     def __init__(self, run: str, rank: int, address: ListenerAddress | None) -> None:
         self.run, self.rank, self.attempt = run, rank, 0
         self.events: list[Event] = []
-        self._taken, self._parts = 0, 0
+        self._taken, self._parts, self._taking = 0, 0, threading.Lock()
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if address is not None:
@@ -155,10 +155,11 @@ class EventLog:
 
     def take(self) -> tuple[int, list[Event]]:
         """Events not taken before, and how often there were some: the number of their part."""
-        fresh = self.events[self._taken :]
-        part = self._parts
-        self._taken, self._parts = len(self.events), part + bool(fresh)
-        return part, fresh
+        with self._taking:
+            fresh = self.events[self._taken :]
+            part = self._parts
+            self._taken, self._parts = self._taken + len(fresh), part + bool(fresh)
+            return part, fresh
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is waiting, then stop."""

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from kindling.errors import DataError, KindlingError, StorageError, to_wire
-from kindling.train.order import owner_of, shard_of
+from kindling.train.order import mix, owner_of, shard_of
 
 if TYPE_CHECKING:
     from kindling.ship import ModuleSpec
@@ -32,6 +32,7 @@ _ARROW_SCHEMA = pa.schema(
     [("key", pa.int64()), ("stream", pa.int32()), ("rows", pa.int64()), ("notes", pa.string()), ("blob", pa.binary())]
 )
 TRAIN, VALIDATION = 0, 1
+_STREAMS = {TRAIN: "training data", VALIDATION: "validation data"}
 _FLUSH_BYTES = 32 << 20
 _EXAMPLES = 5
 
@@ -87,7 +88,7 @@ def _pack(spec: PackSpec, batches: Iterator[pa.RecordBatch], out: _Outbox) -> It
     target_columns = [name for step in preparation.targets for name in step.packed_spec()]
     waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
     waiting_rows = 0
-    broken = 0
+    broken = count = content = 0
     examples: list[tuple[str, str]] = []
 
     def flush_waiting(everything: bool) -> None:
@@ -121,6 +122,8 @@ def _pack(spec: PackSpec, batches: Iterator[pa.RecordBatch], out: _Outbox) -> It
             broken += len(found)
             examples += found[: _EXAMPLES - len(examples)]
             hashes = np.delete(hashes, list(packed.errors))
+        count += len(hashes)
+        content += content_sum(packed.arrays, hashes)
         if engine is None:
             out.add(dict(packed.arrays), hashes)
         elif len(hashes):
@@ -130,8 +133,54 @@ def _pack(spec: PackSpec, batches: Iterator[pa.RecordBatch], out: _Outbox) -> It
                 flush_waiting(everything=False)
         yield from out.full()
     flush_waiting(everything=True)
+    if count:
+        out.note({"rows": count, "content": content})
     if broken:
         out.note({"broken": broken, "examples": examples})
+
+
+def content_sum(arrays: Mapping[str, np.ndarray], hashes: np.ndarray) -> int:
+    """A number that tells whether rows are the same as before, whatever their order: a sum over one hash of each.
+
+    Args:
+        arrays: packed columns of the rows, each of shape (n, ...).
+        hashes: of their keys, shape (n,), uint64.
+    Returns: the sum, not yet taken modulo 2**64.
+
+    >>> columns, keys = {"x": np.array([[1.0, 2.0], [3.0, 4.0]])}, np.array([7, 8], np.uint64)
+    >>> whole = content_sum(columns, keys)
+    >>> whole == sum(content_sum({"x": columns["x"][i : i + 1]}, keys[i : i + 1]) for i in (1, 0))
+    True
+    >>> whole == content_sum(columns, keys[::-1])
+    False
+    """
+    if not len(hashes):
+        return 0
+    total = mix(hashes)
+    for number, (_, array) in enumerate(sorted(arrays.items())):
+        raw = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+        whole = raw.shape[1] // 8 * 8
+        words = raw[:, :whole].view(np.uint64) if whole else np.zeros((len(raw), 0), np.uint64)
+        told = words @ (mix(np.arange(words.shape[1], dtype=np.uint64)) | np.uint64(1))
+        rest = np.zeros((len(raw), 8), np.uint8)
+        rest[:, : raw.shape[1] - whole] = raw[:, whole:]
+        total = mix(total ^ mix(told, 1) ^ mix(rest.view(np.uint64)[:, 0], 2), number)
+    return int((total >> np.uint64(32)).sum()) * 2**32 + int((total & np.uint64(0xFFFFFFFF)).sum())
+
+
+def data_fingerprint(notes: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows and content of each stream, from the packing tasks' notes; equal for equal rows in any order and split.
+
+    >>> data_fingerprint([{"stream": TRAIN, "rows": 2, "content": 5}, {"stream": TRAIN, "rows": 1, "content": 2**64}])
+    {'training data': {'rows': 3, 'content': '0000000000000005'}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for note in notes:
+        if "content" in note:
+            of = found.setdefault(_STREAMS[note["stream"]], {"rows": 0, "content": 0})
+            of["rows"] += note["rows"]
+            of["content"] += note["content"]
+    return {name: {"rows": of["rows"], "content": f"{of['content'] % 2**64:016x}"} for name, of in found.items()}
 
 
 def _open_engine(prefix: PrefixSpec, preparation: Any) -> Any:

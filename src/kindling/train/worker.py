@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,9 @@ from kindling.train.settings import WorkerSpec
 
 if TYPE_CHECKING:
     from kindling.storage import Place
+    from kindling.train.checkpoint import Checkpoint
     from kindling.train.events import EventLog
+    from kindling.train.writer import Writer
 
 REPORT_SCHEMA = "rank int, kind string, part int, data binary"
 _ARROW_SCHEMA = pa.schema([("rank", pa.int32()), ("kind", pa.string()), ("part", pa.int32()), ("data", pa.binary())])
@@ -162,7 +165,7 @@ class _Worker:
                 comms = shared or GroupComms()
             # gloo may connect only now; a worker that stopped before would keep the others trying for a minute.
             comms.meet()
-            yield from self._report(self._loop(feed, validation, meeting, comms, place), meeting, place)
+            yield from self._report(self._loop(feed, validation, meeting, comms, store, place), meeting, place)
             comms.meet()  # nobody leaves while another still needs the store
         except KindlingError as error:
             _leave_word(store, to_wire(error), self.rank)
@@ -233,15 +236,18 @@ class _Worker:
             store = _join_store(meeting.host, meeting.port, self.spec.workers, self.spec.meeting_timeout_s)
         return store, meeting
 
-    def _loop(self, feed: Any, validation: Any, meeting: _Meeting, comms: Any, place: Place | None) -> tuple[Any, Any]:
+    def _loop(
+        self, feed: Any, validation: Any, meeting: _Meeting, comms: Any, store: Any, place: Place | None
+    ) -> tuple[Any, Any]:
         import cloudpickle
 
         from kindling import ship, surgery
         from kindling.prepare import Preparation
         from kindling.signature import Signature
-        from kindling.train import checkpoint
         from kindling.train.loop import Loop
+        from kindling.train.policy import Checkpoints
         from kindling.train.strategies import Replica
+        from kindling.train.writer import LocalBoard, StoreBoard, Writer
 
         spec = self.spec
         make_optimizer, loss, strategy = cloudpickle.loads(spec.callables)
@@ -251,6 +257,17 @@ class _Worker:
             replica = Replica.of(module, make_optimizer)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"the optimizer could not be made: {error}.") from error
+        writer = None
+        if place is not None:
+            writer = Writer(
+                place,
+                LocalBoard() if store is None else StoreBoard(store),
+                Checkpoints(epochs=spec.loop.checkpoint_every, keep=spec.loop.checkpoints_kept),
+                rank=self.rank,
+                world=comms.world,
+                attempt=meeting.attempt,
+                on_event=partial(_tell, self.log, place),
+            )
         loop = Loop(
             settings=spec.loop,
             replica=replica,
@@ -262,21 +279,25 @@ class _Worker:
             feed=feed,
             counts_V=meeting.counts_V,
             frozen=spec.frozen,
-            hooks=_Hooks(self.log, place, comms, spec),
+            hooks=_Hooks(self.log, writer, comms, spec),
             validation=validation if meeting.validation_rows else None,
             classes=spec.classes,
         )
         restored = None
         if place is not None and meeting.attempt > 0:
-            restored = self._agree_on_checkpoint(checkpoint, place, comms)
-        history = loop.run(restored.state if restored else None)
+            restored = self._agree_on_checkpoint(place, comms)
+        try:
+            history = loop.run(restored.states[self.rank] if restored else None)
+            if writer is not None:
+                writer.wait()
+        finally:
+            if writer is not None:
+                writer.stop()
         return module, history
 
-    def _agree_on_checkpoint(self, checkpoint: Any, place: Place, comms: Any) -> Any:
+    def _agree_on_checkpoint(self, place: Place, comms: Any) -> Checkpoint | None:
         """The newest checkpoint that every worker can read whole."""
-
-        def say(text: str) -> None:
-            self.log.emit("warning", text=text)
+        from kindling.train import checkpoint
 
         unread = set()
         while True:
@@ -284,10 +305,10 @@ class _Worker:
             mine = None
             for step in steps:
                 try:
-                    mine = checkpoint.read_part(place, step, self.rank, comms.world)
+                    mine = checkpoint.read(place, step, [self.rank])
                     break
                 except FormatError as error:
-                    say(f"{error} The one before it is used.")
+                    self.log.emit("warning", text=f"{error} The one before it is used.")
                     unread.add(step)
             newest = [int(v[0]) for v in comms.gather(np.array([mine.step if mine else -1], np.int64))]
             if len(set(newest)) == 1:
@@ -324,30 +345,25 @@ class _Worker:
 class _Hooks:
     """The loop's hooks on a worker: events and checkpoints."""
 
-    def __init__(self, log: EventLog, place: Place | None, comms: Any, spec: WorkerSpec) -> None:
-        self._log, self._place, self._comms, self._spec = log, place, comms, spec
+    def __init__(self, log: EventLog, writer: Writer | None, comms: Any, spec: WorkerSpec) -> None:
+        self._log, self._writer, self._comms, self._spec = log, writer, comms, spec
 
     def on_event(self, kind: str, *, step: int, epoch: int, keep: bool = True, **data: Any) -> None:
         self._log.emit(kind, step=step, epoch=epoch, keep=keep, **data)
 
     def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
-        from kindling.train import checkpoint
+        if self._writer is not None:
+            self._writer.take(step, state, {"run": self._spec.run})
 
-        if self._place is None:
-            return
-        began = time.perf_counter()
-        problem = 0
+
+def _tell(log: EventLog, place: Place, kind: str, *, step: int, epoch: int = 0, **data: Any) -> None:
+    """What the writing thread has to say; with a checkpoint go the events so far."""
+    log.emit(kind, step=step, epoch=epoch, **data)
+    if kind == "checkpoint":
         try:
-            checkpoint.write_part(self._place, step, self._comms.rank, state)
+            _write_events(place, log)
         except (StorageError, OSError) as error:
-            problem = 1
-            self._log.emit("warning", step=step, text=f"checkpoint {step} could not be written: {error}")
-        problems = sum(int(v[0]) for v in self._comms.gather(np.array([problem], np.int64)))
-        if self._comms.rank == 0 and not problems:
-            checkpoint.write_manifest(self._place, step, self._comms.world, {"run": self._spec.run})
-            checkpoint.keep_newest(self._place, self._spec.loop.checkpoints_kept)
-            self._log.emit("checkpoint", step=step, seconds=time.perf_counter() - began)
-            _write_events(self._place, self._log)
+            log.emit("warning", step=step, text=f"events could not be written: {error}")
 
 
 def _write_events(place: Place | None, log: EventLog) -> None:

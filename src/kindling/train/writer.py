@@ -27,6 +27,8 @@ from kindling.train.policy import Checkpoints
 
 _PATIENCE_S = 600.0
 """How long the threads wait for each other before a checkpoint is given up."""
+_PARTING_S = 20.0
+"""How long a worker that ends waits for a file that is just being written."""
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.2
 
 
@@ -151,7 +153,8 @@ class Writer:
     def stop(self) -> None:
         """Give up what is being written: this worker or another one is about to end."""
         self._stopped.set()
-        self.wait()
+        if self._thread is not None:
+            self._thread.join(_PARTING_S)
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
