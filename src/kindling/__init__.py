@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AllReduce": "kindling.train.strategies",
+    "EarlyStopping": "kindling.train.settings",
     "Model": "kindling.model",
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
@@ -29,6 +30,7 @@ _HOME = {
 
 __all__ = [
     "AllReduce",
+    "EarlyStopping",
     "Model",
     "ParameterAveraging",
     "Preparation",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from kindling.prepare import Preparation
     from kindling.read import labels, split
     from kindling.session import spark
+    from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import AllReduce, ParameterAveraging
 
 

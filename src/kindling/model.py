@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kindling.evaluate import Report
     from kindling.predict.engine import Precision
     from kindling.surgery import Summary
+    from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import Strategy
 
 
@@ -266,16 +267,29 @@ class Model:
         *,
         epochs: int = 10,
         batch_size: int = 32,
-        optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         loss: Callable[..., Tensor] | None = None,
         strategy: Strategy | None = None,
         validation: DataFrame | None = None,
+        target: str | None = None,
         workers: int | None = None,
         threads: int = 1,
         seed: int = 0,
+        schedule: Callable[..., Any] | None = None,
+        schedule_every: str = "epoch",
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        precision: str = "fp32",
+        frozen_precision: str = "auto",
+        ema_decay: float | None = None,
+        early_stopping: EarlyStopping | None = None,
+        max_steps: int | None = None,
+        max_seconds: float | None = None,
+        validate_every: int = 1,
+        validate_every_steps: int | None = None,
         run: str | Path | None = None,
-        target: str | None = None,
-        precision: str = "auto",
         on_error: str = "fail",
         key: str | None = None,
         checkpoint_every: int = 1,
@@ -288,19 +302,37 @@ class Model:
         Args:
             df: the training rows, with the columns that the preparation reads and `target`.
             epochs: passes over the data.
-            batch_size: rows of one step on one worker; the global batch is this times `workers`.
+            batch_size: rows that go through the net at a time on one worker; a step takes this times `accumulate`
+                times `workers`.
             optimizer: makes a torch optimizer of the parameters, `partial(torch.optim.SGD, lr=0.1)`; Adam if None.
             loss: a torch loss of (outputs, targets); cross entropy for classes and squared error for numbers if None.
+                Label smoothing and class weights are settings of torch's own losses.
             strategy: how workers agree; `AllReduce()` if None.
-            validation: rows to measure after every epoch.
+            validation: rows to measure after every epoch, in float32, as `evaluate` does.
+            target: the column to learn; the model's own (`"label"` at first) if None.
             workers: tasks that train at the same time; as many as the session has slots for if None.
             threads: computing threads of each worker.
             seed: of the order of rows and of the net's random draws. The same data, seed, workers, threads, processor
                 type and versions give the same bits.
+            schedule: makes a torch scheduler of the optimizer: `partial(torch.optim.lr_scheduler.StepLR, step_size=5)`.
+                A parameter `total_steps` that is left open gets the length of the training. `ReduceLROnPlateau` looks
+                at the validation's loss, or the epoch's where there is no validation.
+            schedule_every: the schedule moves on after each `"epoch"` or each `"step"`.
+            warmup_steps: steps over which learning rates rise in a straight line to what they are set to.
+            accumulate: parts in which the rows of a step go through the net, one after the other: a larger batch in the
+                same memory.
+            clip_norm: bound on the norm of all gradients together.
+            clip_value: bound on the size of each number of a gradient.
+            precision: `"bf16"` trains in bfloat16 where torch's autocast does; weights stay float32.
+            frozen_precision: of the frozen part: `"fp32"`, `"bf16"`, or `"auto"`, which tries.
+            ema_decay: keep a running average of the weights (0.999, say); it is what is validated and returned.
+            early_stopping: when to end for want of progress: `kindling.EarlyStopping(patience=3)`.
+            max_steps: end after so many steps.
+            max_seconds: end after so many seconds of training.
+            validate_every: epochs between validations.
+            validate_every_steps: steps between further ones.
             run: run directory for events, checkpoints and the final model, on any file system; must not hold a run
                 already. None keeps checkpoints in a temporary one.
-            target: the column to learn; the model's own (`"label"` at first) if None.
-            precision: of the frozen part: `"fp32"`, `"bf16"`, or `"auto"`, which tries.
             on_error: broken rows `"fail"` the training or are left out (`"drop"`) and counted. A label that the
                 model does not know is a broken row too.
             key: the column whose hash gives a row its place; `path` if there is one, else all columns read.
@@ -310,26 +342,42 @@ class Model:
             the training.
         """
         from kindling.train.fit import fit
+        from kindling.train.settings import LoopSettings
 
         own = self.preparation.targets[0].column if self.preparation.targets else "label"
         return fit(
             self,
             df,
-            epochs=epochs,
-            batch_size=batch_size,
+            settings=LoopSettings(
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+                accumulate=accumulate,
+                clip_norm=clip_norm,
+                clip_value=clip_value,
+                precision=precision,
+                schedule_every=schedule_every,
+                warmup_steps=warmup_steps,
+                ema_decay=ema_decay,
+                max_steps=max_steps,
+                max_seconds=max_seconds,
+                validate_every=validate_every,
+                validate_every_steps=validate_every_steps,
+                early_stopping=early_stopping,
+                checkpoint_every=checkpoint_every,
+            ),
             optimizer=optimizer,
+            schedule=schedule,
             loss=loss,
             strategy=strategy,
             validation=validation,
             workers=workers,
             threads=threads,
-            seed=seed,
             run=run,
             target=target or own,
-            precision=precision,
+            frozen_precision=frozen_precision,
             on_error=on_error,
             key=key,
-            checkpoint_every=checkpoint_every,
             progress=progress,
         )
 

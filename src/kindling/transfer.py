@@ -146,7 +146,7 @@ def transfer(
             strategy=strategy,
             workers=workers,
             seed=seed,
-            precision="fp32",
+            frozen_precision="fp32",
         )
         trained = cast("nn.Linear", head.module.get_submodule("classes"))
         head = dataclasses.replace(head, module=_folded(standardise, trained), frozen=frozenset())

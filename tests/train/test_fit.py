@@ -155,7 +155,7 @@ def test_the_precision_of_a_frozen_front_depends_on_the_rows_alone(spark: Any) -
     seen = set()
     for attempt, partitions in enumerate((1, 4)):
         random.Random(attempt).shuffle(rows)
-        trained = fit(model, frame(spark, rows, partitions), precision="auto")
+        trained = fit(model, frame(spark, rows, partitions), frozen_precision="auto")
         seen.add((digest(trained), json.dumps(trained.history[-1]["prefix_precision"]["cosines"])))
     assert len(seen) == 1
 
@@ -340,7 +340,7 @@ def test_frozen_layers_run_once_and_do_not_change(spark: Any, tmp_path: Path) ->
     model = trunk.freeze().then(nn.Linear(8, 3), labels=["c0", "c1", "c2"])
     df = frame(spark, blobs(200))
     Path(counter).write_text("")
-    trained = fit(model, df, epochs=6, precision="fp32")
+    trained = fit(model, df, epochs=6, frozen_precision="fp32")
     calls = len(Path(counter).read_text().split())
     assert 1 <= calls <= 6  # a batch or two for each of 3 partitions, where 6 epochs of 13 steps would be 78
     for name, value in trunk.module.state_dict().items():
@@ -355,7 +355,7 @@ def test_a_partly_frozen_net_equals_full_training_with_the_same_layers_fixed(spa
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     frozen = kd.Model.of(module, shape=(4,), labels=["c0", "c1", "c2"]).freeze("0")
-    trained = fit(frozen, df, precision="fp32", workers=1)
+    trained = fit(frozen, df, frozen_precision="fp32", workers=1)
     head = kd.Model.of(module[2], shape=(8,), labels=["c0", "c1", "c2"])
     with torch.no_grad():
         features = torch.relu(module[0](torch.tensor([row[2] for row in rows])))
@@ -482,3 +482,40 @@ def test_route_keys_land_in_partitions_of_their_own(spark: Any) -> None:
         placed = spark.createDataFrame([(key,) for key in keys], "key long").repartition(workers, "key")
         found = {r["key"]: r["p"] for r in placed.select("key", F.spark_partition_id().alias("p")).collect()}
         assert [found[key] for key in keys] == list(range(workers))
+
+
+def test_the_settings_of_the_loop_reach_the_workers(spark: Any, tmp_path: Path) -> None:
+    """Many at once; what is validated is what comes back."""
+    df = frame(spark, blobs(300))
+    trained = fit(
+        net(),
+        df,
+        epochs=30,
+        validation=df,
+        accumulate=2,
+        clip_norm=1.0,
+        warmup_steps=5,
+        schedule=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.2),
+        schedule_every="step",
+        ema_decay=0.9,
+        precision="bf16",
+        validate_every_steps=3,
+        early_stopping=kd.EarlyStopping(patience=4, metric="accuracy"),
+        max_steps=40,
+        run=tmp_path / "run",
+    )
+    (record,) = trained.history
+    *_, last = record["epochs"]
+    assert last["stopped"] in ("max_steps", "early_stopping")
+    assert sum(epoch["steps"] for epoch in record["epochs"]) <= 40
+    assert record["settings"]["early_stopping"]["patience"] == 4
+    assert record["schedule"] == "OneCycleLR(max_lr=0.2)"
+    best = max(figures["accuracy"] for epoch in record["epochs"] for figures in epoch["validations"])
+    assert trained.evaluate(df).accuracy == best > 0.9
+    told = [json.loads(line) for part in (tmp_path / "run" / "events").rglob("*.jsonl") for line in part.open()]
+    assert "stopped" in {event["kind"] for event in told}
+
+
+def test_a_schedule_that_cannot_be_is_refused_before_anything_starts(spark: Any) -> None:
+    with pytest.raises(ConfigError, match="gave a SGD"):
+        fit(net(), frame(spark, blobs(20)), schedule=lambda optimizer: optimizer)

@@ -35,7 +35,7 @@ class Event:
 
     run: str
     kind: str
-    """start, spooled, met, step, epoch, checkpoint, resumed, warning, error, finish."""
+    """start, spooled, met, ready, step, validation, epoch, checkpoint, resumed, stopped, warning, error, finish."""
     attempt: int = 0
     rank: int = 0
     step: int = 0

@@ -28,7 +28,7 @@ from kindling.signature import Signature
 from kindling.train import preflight, spool
 from kindling.train.events import Event, Listener
 from kindling.train.progress import TrainingBar
-from kindling.train.settings import ON_ERROR, LoopSettings, WorkerSpec
+from kindling.train.settings import ON_ERROR, LoopSettings, UserCode, WorkerSpec
 from kindling.train.worker import NO_ROWS, REPORT_SCHEMA, run_worker
 
 if TYPE_CHECKING:
@@ -50,21 +50,19 @@ def fit(
     model: Model,
     df: DataFrame,
     *,
-    epochs: int,
-    batch_size: int,
+    settings: LoopSettings,
     optimizer: OptimizerFactory | None,
+    schedule: Callable[..., Any] | None,
     loss: Callable[..., Tensor] | None,
     strategy: Strategy | None,
     validation: DataFrame | None,
     workers: int | None,
     threads: int,
-    seed: int,
     run: str | Path | None,
     target: str,
-    precision: str,
+    frozen_precision: str,
     on_error: str,
     key: str | None,
-    checkpoint_every: int,
     progress: bool,
 ) -> Model:
     """Train `model` on a DataFrame; see `Model.fit` for the arguments. Returns a new Model."""
@@ -72,7 +70,6 @@ def fit(
 
     if on_error not in ON_ERROR:
         raise ConfigError("on_error", on_error, "is not a way to treat broken rows", f"Use one of {ON_ERROR}")
-    settings = LoopSettings(epochs=epochs, batch_size=batch_size, seed=seed, checkpoint_every=checkpoint_every)
     spark = df.sparkSession
     began = time.time()
     labels, target_step = preflight.read_target(model, df, target, loss)
@@ -83,20 +80,23 @@ def fit(
         if frame is not None:
             preflight.check_columns(frame, list(dict.fromkeys([*needed, *key_columns])), name)
     split, tail, tail_signature, tail_preparation = _cut(model, preparation)
-    loss = loss or preflight.default_loss(target_step)
-    make_optimizer = optimizer or preflight.default_optimizer
-    classes = preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, loss, make_optimizer, labels)
+    code = UserCode(
+        optimizer=optimizer or preflight.default_optimizer,
+        loss=loss or preflight.default_loss(target_step),
+        strategy=strategy or AllReduce(),
+        schedule=schedule,
+    )
+    classes = preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, labels)
     workers = preflight.workers_for(spark, workers)
-    strategy = strategy or AllReduce()
     preflight.check_patience(spark)
 
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(TrainingBar(epochs, shown=progress))
+        bar = stack.enter_context(TrainingBar(settings.epochs, shown=progress))
         place, beacon = _run_directory(run, spark, stack)
         desk = _Desk(bar)
         address = own_address(spark)
         listener = stack.enter_context(Listener(desk.on_event, address)) if address else None
-        prefix = _prefix(spark, model, split, df, precision, key_columns) if split else None
+        prefix = _prefix(spark, model, split, df, frozen_precision, key_columns) if split else None
         run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
         spec = WorkerSpec(
             run=f"{secrets.token_hex(4)}",
@@ -108,13 +108,13 @@ def fit(
             preparation=tail_preparation.to_json(),
             frozen=model.frozen,
             classes=classes,
-            callables=ship.pickled((make_optimizer, loss, strategy), "optimizer, loss"),
+            code=ship.pickled(code, "optimizer, loss, schedule"),
             run_directory=place.path if place else None,
             directory_asked=run is not None,
             beacon=beacon,
             listener=listener.address if listener else None,
         )
-        described = _describe(model, spec, strategy, prefix, run_name, key_columns, make_optimizer, loss)
+        described = _describe(model, spec, code, prefix, run_name, key_columns)
         if place:
             place.write("run.json", json.dumps(described, indent=1).encode())
         pack = spool.PackSpec(
@@ -223,12 +223,10 @@ def _sample(df: DataFrame, key_columns: Sequence[str]) -> DataFrame:
 def _describe(
     model: Model,
     spec: WorkerSpec,
-    strategy: Strategy,
+    code: UserCode,
     prefix: tuple[spool.PrefixSpec, dict[str, Any]] | None,
     name: str,
     key_columns: Sequence[str],
-    make_optimizer: OptimizerFactory,
-    loss: Callable[..., Any],
 ) -> dict[str, Any]:
     """The run as JSON: what was asked for, and with what."""
     import pyspark
@@ -244,9 +242,10 @@ def _describe(
         "settings": asdict(spec.loop),
         "workers": spec.workers,
         "threads": spec.threads,
-        "strategy": {"name": type(strategy).__name__, **asdict(strategy)},  # type: ignore[call-overload]
-        "optimizer": _plain(make_optimizer),
-        "loss": _plain(loss),
+        "strategy": {"name": type(code.strategy).__name__, **asdict(code.strategy)},
+        "optimizer": _plain(code.optimizer),
+        "loss": _plain(code.loss),
+        "schedule": None if code.schedule is None else _plain(code.schedule),
         "key": list(key_columns),
         "prefix_precision": prefix[1] if prefix else None,
         "versions": {"kindling": kindling.__version__, "torch": torch.__version__, "pyspark": pyspark.__version__},

@@ -1,7 +1,8 @@
 """The training loop of one worker: epochs, steps, validation. No Spark, no sockets, no files.
 
 Rows come from `Feed`, agreement between workers from a strategy through `Comms`, and what happens is told to `Hooks`.
-Run with `SoloComms` it is plain torch training.
+Around a step stand rooms of their own: the loss (`losses.py`), learning rates (`rates.py`), the running average of the
+weights (`running_average.py`), reasons to end early (`stopping.py`). Run with `SoloComms` it is plain torch training.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,64 +19,36 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from kindling import surgery
-from kindling.errors import KindlingError, TrainingError
-from kindling.evaluate import Tally, aligned, loss_rows, merge_all
+from kindling.errors import ConfigError, TrainingError, did_you_mean
+from kindling.evaluate import Tally, loss_rows, merge_all
 from kindling.prepare import Preparation
 from kindling.signature import Signature
-from kindling.train.order import VIRTUAL_SHARDS as V
-from kindling.train.order import OrderPlan, epoch_order, mix, plan_order, shard_of, static_order
+from kindling.train.feed import Feed, Slice
+from kindling.train.losses import LossFunction, compute_loss
+from kindling.train.order import OrderPlan, mix, plan_order
+from kindling.train.rates import Rates, ScheduleFactory
+from kindling.train.running_average import RunningAverage
 from kindling.train.settings import LoopSettings
-from kindling.train.spool import Rows
+from kindling.train.stopping import Consent, Watch, observe
 from kindling.train.strategies import Comms, Replica, State, Strategy
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 _VALIDATION_BATCH = 256
 _STEP_EVENT_EVERY_S = 0.25
 
 
-class Feed:
-    """One worker's rows of a stream, in an order that no network decides."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self._static = static_order(rows.hashes, rows.content_of)
-        self._hashes = rows.hashes[self._static]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def counts(self) -> np.ndarray:
-        """Rows of each virtual shard here, shape (V,), int64."""
-        return np.bincount(shard_of(self._hashes), minlength=V)
-
-    def epoch(self, plan: OrderPlan, rank: int, epoch: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        """Packed arrays of each step of an epoch; a step without rows here gives arrays of no rows."""
-        order = self._static[epoch_order(self._hashes, plan.place_of_own, epoch, seed)]
-        stops = np.cumsum(plan.rows_TW[:, rank])
-        for start, stop in zip(stops - plan.rows_TW[:, rank], stops, strict=True):
-            yield self._rows.gather(order[start:stop])
-
-    def column(self, name: str) -> np.ndarray:
-        """One packed column, in order of arrival."""
-        return self._rows.columns[name]
-
-    def in_order(self, batch_rows: int) -> Iterator[dict[str, np.ndarray]]:
-        """All rows once, in static order."""
-        for start in range(0, len(self._static), batch_rows):
-            yield self._rows.gather(self._static[start : start + batch_rows])
-
-
 class Hooks(Protocol):
-    """What the loop tells the world."""
+    """What the loop tells the world, and the one thing it asks."""
 
     def on_event(self, kind: str, *, step: int, epoch: int, keep: bool = True, **data: Any) -> None:
         """Something happened."""
 
     def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
         """A state from which the loop can go on, whole on this worker; every worker calls this at the same step."""
+
+    def stop_asked(self) -> bool:
+        """Whether somebody wants the training to end; one worker that knows is enough."""
 
 
 @dataclass
@@ -92,6 +65,39 @@ class Clock:
         now = time.perf_counter()
         setattr(self, f"{kind}_s", getattr(self, f"{kind}_s") + now - self._last)
         self._last = now
+
+
+@dataclass
+class Progress:
+    """How far a training has come; with module, optimizer and schedule all that a checkpoint needs."""
+
+    epoch: int = 1
+    """The epoch at work, from 1; past the last one when training is over."""
+    index: int = 0
+    """Steps of it that are done."""
+    loss_sum: float = 0.0
+    """Over this worker's rows of the epoch so far, each row's loss."""
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    """Of this epoch, each with its step."""
+    seconds: float = 0.0
+    """Trained before this attempt."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One record per epoch."""
+    watch: Watch = field(default_factory=Watch)
+    stopped: str = ""
+    """One of `stopping.REASONS`."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """From a checkpoint."""
+        lists = {name: list(state[name]) for name in ("history", "validations")}
+        return cls(**{**state, **lists, "watch": Watch(*state["watch"])})
+
+    def to_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        lists = {name: list(own[name]) for name in ("history", "validations")}
+        return {**own, **lists, "watch": tuple(self.watch)}
 
 
 @dataclass(kw_only=True)
@@ -113,109 +119,220 @@ class Loop:
     validation: Feed | None = None
     """This worker's rows of the validation data; None where there is none at all, on every worker."""
     classes: int | None = None
+    schedule: ScheduleFactory | None = None
+    may_be_asked: bool = False
+    """Whether `Hooks.stop_asked` is worth asking; the same on every worker."""
 
     def run(self, restored: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Train; returns one record per epoch.
+        """Train; returns one record per epoch. The module then holds the weights that are the result.
 
-        Raises: TrainingError, when the loss is no longer a number or the loss function fails.
+        Raises: TrainingError, when the loss is no longer a number or the loss function fails; ConfigError.
         """
-        comms, settings = self.comms, self.settings
-        plan = plan_order(self.counts_V, comms.world, comms.rank, settings.batch_size * comms.world)
-        state: State = self.strategy.init(self.replica)
-        history: list[dict[str, Any]] = []
+        settings = self.settings
+        self._began = time.monotonic()
+        self._state: State = self.strategy.init(self.replica)
+        self._average = None if settings.ema_decay is None else RunningAverage(settings.ema_decay)
+        self._best: dict[str, Tensor] | None = None
+        self._progress = Progress()
+        total = settings.epochs
+        if settings.schedule_every == "step":
+            total = min(total * self._plan.steps, settings.max_steps or total * self._plan.steps)
+        self._rates = Rates(
+            self.replica.optimizer,
+            self.schedule,
+            every=settings.schedule_every,
+            warmup_steps=settings.warmup_steps,
+            total_steps=total,
+        )
         if restored is not None:
-            state, history = dict(restored["strategy"]), list(restored["history"])
-            self.replica.module.load_state_dict(restored["module"])
-            self.replica.optimizer.load_state_dict(restored["optimizer"])
+            self._restore(restored)
+        progress = self._progress
+        until_s = None if settings.max_seconds is None else self._began + settings.max_seconds - progress.seconds
+        asked = self.hooks.stop_asked if self.may_be_asked else None
+        self._consent = Consent(self.comms, until_s=until_s, asked=asked)
         try:
-            return self._run(plan, self.strategy.begin(self.replica, state, comms), history)
+            self._state = self.strategy.begin(self.replica, self._state, self.comms)
+            self.hooks.on_event("ready", step=self._step, epoch=progress.epoch - 1)
+            while progress.epoch <= settings.epochs and not progress.stopped:
+                self._epoch()
         finally:
             self.strategy.close(self.replica)
+        self._finish()
+        return progress.history
 
-    def _run(self, plan: OrderPlan, state: State, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        comms, settings = self.comms, self.settings
-        self.hooks.on_event("ready", step=len(history) * plan.steps, epoch=len(history))
-        for epoch in range(len(history) + 1, settings.epochs + 1):
-            surgery.set_training(self.replica.module, self.frozen)
-            began, sent, clock = time.perf_counter(), comms.bytes_sent, Clock()
-            loss_sum, state = self._epoch(epoch, plan, state, clock)
-            state = self.strategy.on_epoch(self.replica, state, comms)
-            clock.lap("communicate")
-            rows = int(self.counts_V.sum())
-            losses = comms.gather(np.array([loss_sum]).view(np.int64))
-            seconds = time.perf_counter() - began
-            record: dict[str, Any] = {
-                "epoch": epoch,
-                "loss": math.fsum(float(part.view(np.float64)[0]) for part in losses) / rows,
-                "rows": rows,
-                "seconds": seconds,
-                "rows_per_s": rows / seconds,
-                "data_s": clock.data_s,
-                "compute_s": clock.compute_s,
-                "communicate_s": clock.communicate_s,
-                "bytes_sent": comms.bytes_sent - sent,
-            }
-            if figures := self.strategy.figures(state):
-                record["strategy"] = figures
-            if self.validation is not None:
-                record["validation"] = self._validate(self.validation)
-            history.append(record)
-            step = epoch * plan.steps
-            self.hooks.on_event("epoch", **{**record, "step": step})
-            if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
-                state = self.strategy.settle(self.replica, state, comms)
-                self.hooks.on_checkpoint(
-                    step,
-                    {
-                        "module": dict(self.replica.module.state_dict()),
-                        "optimizer": self.replica.optimizer.state_dict(),
-                        "strategy": state,
-                        "history": history,
-                    },
+    @cached_property
+    def _plan(self) -> OrderPlan:
+        global_batch = self.settings.batch_size * self.settings.accumulate * self.comms.world
+        return plan_order(self.counts_V, self.comms.world, self.comms.rank, global_batch)
+
+    @property
+    def _step(self) -> int:
+        """Steps done since the beginning of the run."""
+        return (self._progress.epoch - 1) * self._plan.steps + self._progress.index
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that this worker needs to go on from here, between any two steps: tensors and JSON values.
+
+        Every worker must call this at the same step: the strategy brings to rest what is in flight.
+        """
+        self._state = self.strategy.settle(self.replica, self._state, self.comms)
+        progress = self._progress.to_state()
+        progress["seconds"] += time.monotonic() - self._began
+        return {
+            "module": dict(self.replica.module.state_dict()),
+            "optimizer": self.replica.optimizer.state_dict(),
+            "schedule": self._rates.state(),
+            "strategy": self._state,
+            "average": self._average.values if self._average is not None else None,
+            "best": self._best,
+            "progress": progress,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.replica.module.load_state_dict(state["module"])
+        self.replica.optimizer.load_state_dict(state["optimizer"])
+        self._rates.restore(state["schedule"])
+        self._state = dict(state["strategy"])
+        if self._average is not None:
+            self._average.values = list(state["average"] or [])
+        self._best = dict(state["best"]) if state["best"] is not None else None
+        self._progress = Progress.of(state["progress"])
+
+    def _finish(self) -> None:
+        """Leave in the module what is to be returned."""
+        with torch.no_grad():
+            if self._best is not None:
+                self.replica.module.load_state_dict(self._best)
+            elif self._average is not None and self._average.values:
+                for parameter, value in zip(self.replica.parameters(), self._average.values, strict=True):
+                    parameter.copy_(value)
+
+    # --------------------------------------------------------------------------------------------------- epochs
+
+    def _epoch(self) -> None:
+        """Train to the end of the epoch at work, or until a reason to stop comes up."""
+        comms, settings, progress, plan = self.comms, self.settings, self._progress, self._plan
+        surgery.set_training(self.replica.module, self.frozen)
+        began, sent, clock = time.perf_counter(), comms.bytes_sent, Clock()
+        slices = self.feed.epoch(plan, comms.rank, progress.epoch, settings.seed, progress.index)
+        told = -math.inf
+        while progress.index < plan.steps and not progress.stopped:
+            rows_W = plan.rows_TW[progress.index]
+            value = self._train_step(slices, rows_W, clock)
+            progress.loss_sum += value * int(rows_W[comms.rank])
+            progress.index += 1
+            last = progress.index == plan.steps
+            now = time.perf_counter()
+            if comms.rank == 0 and (now - told > _STEP_EVENT_EVERY_S or last):
+                told = now
+                figures = {"loss": value, "rows": self._rows_done(), "of": int(self.counts_V.sum())}
+                self.hooks.on_event(
+                    "step", step=self._step, epoch=progress.epoch, keep=self._step == 1, lr=self._rates.now(), **figures
                 )
-        return history
+            if not last:
+                self._between_steps()
+            progress.stopped = progress.stopped or self._reason_to_stop()
+        self._state = self.strategy.on_epoch(self.replica, self._state, comms)
+        self._average_alike()
+        clock.lap("communicate")
+        self._close_epoch(clock, time.perf_counter() - began, comms.bytes_sent - sent)
 
-    def _epoch(self, epoch: int, plan: OrderPlan, state: State, clock: Clock) -> tuple[float, State]:
-        comms, replica, strategy = self.comms, self.replica, self.strategy
-        loss_sum, rows_done, told = 0.0, 0, time.perf_counter()
-        arrays_of_steps = self.feed.epoch(plan, comms.rank, epoch, self.settings.seed)
-        for index, rows_W in enumerate(plan.rows_TW):
-            step = (epoch - 1) * plan.steps + index + 1
-            arrays = next(arrays_of_steps)
-            rows = int(rows_W[comms.rank])
-            # Drawn anew for every step from numbers alone: a resumed run needs no stored generator state.
-            salt = mix(np.array([comms.rank], np.uint64), self.settings.seed, step)[0]
-            # torch.manual_seed looks for every other device's generator as well: half a millisecond.
-            torch.default_generator.manual_seed(int(salt >> np.uint64(1)))
-            batch = None
-            if rows:
-                batch = self.preparation.batch(arrays, targets=True, rng=np.random.default_rng(int(salt)))
-            clock.lap("data")
+    def _close_epoch(self, clock: Clock, seconds: float, bytes_sent: int) -> None:
+        comms, settings, progress = self.comms, self.settings, self._progress
+        losses = comms.gather(np.array([progress.loss_sum]).view(np.int64))
+        rows = self._rows_done()
+        record: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "loss": math.fsum(float(part.view(np.float64)[0]) for part in losses) / rows,
+            "rows": rows,
+            "steps": progress.index,
+            "lr": self._rates.now(),
+            "seconds": seconds,
+            "rows_per_s": rows / seconds,
+            "data_s": clock.data_s,
+            "compute_s": clock.compute_s,
+            "communicate_s": clock.communicate_s,
+            "bytes_sent": bytes_sent,
+        }
+        if figures := self.strategy.figures(self._state):
+            record["strategy"] = figures
+        due = (
+            progress.epoch == settings.epochs or bool(progress.stopped) or not progress.epoch % settings.validate_every
+        )
+        *_, newest = progress.validations or [{"step": 0}]
+        if self.validation is None:
+            self._observe({"loss": record["loss"]}, alike=True)
+        elif due and newest["step"] < self._step:
+            record["validation"] = self._validate(alike=True)
+        elif due:
+            record["validation"] = {name: figure for name, figure in newest.items() if name != "step"}
+        if settings.validate_every_steps is not None:
+            record["validations"] = progress.validations
+        if progress.stopped:
+            record["stopped"] = progress.stopped
+        self._rates.after("epoch")
+        progress.history.append(record)
+        step = self._step
+        self.hooks.on_event("epoch", **{**record, "step": step})
+        if progress.stopped:
+            self.hooks.on_event("stopped", step=step, epoch=progress.epoch, reason=progress.stopped)
+        progress.epoch, progress.index, progress.loss_sum, progress.validations = progress.epoch + 1, 0, 0.0, []
+        over = progress.epoch > settings.epochs or bool(progress.stopped)
+        if over or (progress.epoch - 1) % settings.checkpoint_every == 0:
+            self.hooks.on_checkpoint(step, self.state())
+
+    def _between_steps(self) -> None:
+        """What may be due after a step that is not the last of its epoch."""
+        every = self.settings.validate_every_steps
+        if self.validation is not None and every and self._step % every == 0:
+            self._validate(alike=False)
+            surgery.set_training(self.replica.module, self.frozen)
+
+    def _reason_to_stop(self) -> str:
+        limit = self.settings.max_steps
+        return "max_steps" if limit is not None and self._step >= limit else self._consent.reason(self._step)
+
+    def _rows_done(self) -> int:
+        """Rows of this epoch over all workers."""
+        return int(self._plan.rows_TW[: self._progress.index].sum())
+
+    # ---------------------------------------------------------------------------------------------------- steps
+
+    def _train_step(self, slices: Iterator[Slice], rows_W: np.ndarray, clock: Clock) -> float:
+        """One step of the optimizer; returns the mean loss over this worker's rows of it, 0 without rows."""
+        comms, replica, strategy, settings = self.comms, self.replica, self.strategy, self.settings
+        step = self._step + 1
+        # Drawn anew for every step from numbers alone: a resumed run needs no stored generator state.
+        salt = mix(np.array([comms.rank], np.uint64), settings.seed, step)[0]
+        # torch.manual_seed looks for every other device's generator as well: half a millisecond.
+        torch.default_generator.manual_seed(int(salt >> np.uint64(1)))
+        rng = np.random.default_rng(int(salt))
+        parts = next(slices).parts(settings.accumulate)
+        batches = [(len(part), self.preparation.batch(part.arrays, targets=True, rng=rng)) for part in parts]
+        clock.lap("data")
+        together = strategy.steps_together(self._state)
+        with self._rates.at(step):
             if self._takes_closure:
-                value, state = self._closed_step(batch, rows_W, state, step, epoch)
-                clock.lap("compute")
+                value = self._closed_step(batches, rows_W)
             else:
                 replica.optimizer.zero_grad(set_to_none=True)
-                value = 0.0
-                if batch:
-                    strategy.on_backward(replica, state, rows_W, comms)
-                    value = self._backward(batch, strategy.loss_scale(rows_W, comms.rank, state), step, epoch)
+                value = self._gradients(batches, rows_W)
                 clock.lap("compute")
-                state = strategy.on_gradients(replica, state, rows_W, comms)
+                self._state = strategy.on_gradients(replica, self._state, rows_W, comms)
                 clock.lap("communicate")
-                if rows or strategy.steps_together(state):
+                if batches or together:
+                    self._clip()
                     replica.optimizer.step()
-                clock.lap("compute")
-            loss_sum += value * rows
-            state = strategy.on_step(replica, state, rows_W, comms)
-            clock.lap("communicate")
-            rows_done += int(rows_W.sum())
-            now = time.perf_counter()
-            if comms.rank == 0 and (now - told > _STEP_EVENT_EVERY_S or index == 0 or index + 1 == plan.steps):
-                told = now
-                figures = {"loss": value, "rows": rows_done, "of": int(self.counts_V.sum())}
-                self.hooks.on_event("step", step=step, epoch=epoch, keep=step == 1, **figures)
-        return loss_sum, state
+        clock.lap("compute")
+        self._state = strategy.on_step(replica, self._state, rows_W, comms)
+        clock.lap("communicate")
+        if self._average is not None:
+            self._average.update(replica.parameters())
+        self._rates.after("step")
+        clock.lap("compute")
+        return value
 
     @cached_property
     def _takes_closure(self) -> bool:
@@ -223,108 +340,130 @@ class Loop:
         closure = inspect.signature(type(self.replica.optimizer).step).parameters.get("closure")
         return closure is not None and closure.default is inspect.Parameter.empty
 
-    def _closed_step(
-        self, batch: Mapping[str, Tensor] | None, rows_W: np.ndarray, state: State, step: int, epoch: int
-    ) -> tuple[float, State]:
+    def _closed_step(self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], rows_W: np.ndarray) -> float:
         """A step of an optimizer that calls for the loss itself; where replicas agree, all see one loss, as often.
 
-        Returns: this worker's loss at the first look, and the strategy's state.
+        Returns: this worker's loss at the first look.
         """
         comms, replica, strategy = self.comms, self.replica, self.strategy
         values: list[float] = []
-        together = strategy.steps_together(state)
+        together = strategy.steps_together(self._state)
 
         def closure() -> float:
-            nonlocal state
             replica.optimizer.zero_grad(set_to_none=True)
-            scale = strategy.loss_scale(rows_W, comms.rank, state)
-            if batch:
-                strategy.on_backward(replica, state, rows_W, comms)
-            values.append(self._backward(batch, scale, step, epoch) if batch else 0.0)
-            state = strategy.on_gradients(replica, state, rows_W, comms)
-            loss = torch.tensor(values[-1] * (scale if batch else 0.0), dtype=torch.float64)
+            scale = strategy.loss_scale(rows_W, comms.rank, self._state)
+            values.append(self._gradients(batches, rows_W))
+            self._state = strategy.on_gradients(replica, self._state, rows_W, comms)
+            self._clip()
+            loss = torch.tensor(values[-1] * scale, dtype=torch.float64)
             return float(comms.all_reduce(loss) if together else loss)
 
-        if batch or together:
+        if batches or together:
             replica.optimizer.step(closure)
-        return (values[0] if values else 0.0), state
+        return values[0] if values else 0.0
 
-    def _backward(self, batch: Mapping[str, Tensor], scale: float, step: int, epoch: int) -> float:
-        module = self.replica.module
-        try:
-            loss = compute_loss(module, self.signature, batch, self.loss)
-        except TrainingError as error:
-            if "Expected more than 1 value per channel" not in str(error.__cause__):
-                raise
-            # One row has no variance. Where the order of rows leaves a worker one alone, the statistics so far serve.
-            with _stored_statistics(module):
-                loss = compute_loss(module, self.signature, batch, self.loss)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss became {value} in epoch {epoch}, step {step} (worker {self.comms.rank}). "
-                "What helps most often: a smaller learning rate, scaled inputs, a look for values that are no numbers."
-            )
-        (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
-        return value
+    def _gradients(self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], rows_W: np.ndarray) -> float:
+        """Add up the gradients of a step's parts, each counted by its rows; returns the mean loss of a row."""
+        rows = sum(count for count, _ in batches)
+        scale = self.strategy.loss_scale(rows_W, self.comms.rank, self._state)
+        total = 0.0
+        for part, (count, batch) in enumerate(batches, 1):
+            if part == len(batches):
+                self.strategy.on_backward(self.replica, self._state, rows_W, self.comms)
+            loss = compute_loss(self.replica.module, self.signature, batch, self.loss, self.settings.precision)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss became {value} in epoch {self._progress.epoch}, step {self._step + 1} "
+                    f"(worker {self.comms.rank}). What helps most often: a smaller learning rate, scaled inputs, "
+                    "a look for values that are no numbers."
+                )
+            factor = scale * (count / rows)
+            (loss * factor if factor != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+            total += value * (count / rows)
+        return total
 
-    def _validate(self, feed: Feed) -> dict[str, Any]:
-        self.replica.module.eval()
-        tally = Tally(self.classes)
-        (target_name,) = (step.name for step in self.preparation.targets)
-        with torch.inference_mode():
-            for arrays in feed.in_order(_VALIDATION_BATCH):
-                batch = self.preparation.batch(arrays, targets=True)
-                outputs = self.signature.call(self.replica.module, batch)
-                scores = next(iter(outputs.values()))
-                targets = batch[target_name]
-                tally.update(scores, targets, loss_rows(self.loss, scores, targets))
+    def _clip(self) -> None:
+        """Bound the gradients that the optimizer is about to use."""
+        settings = self.settings
+        if settings.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.replica.parameters(), settings.clip_value)
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.replica.parameters(), settings.clip_norm)
+
+    # ----------------------------------------------------------------------------------------------- validation
+
+    def _validate(self, *, alike: bool) -> dict[str, Any]:
+        """Measure on the validation rows; `alike`: whether the workers' weights and statistics are the same now."""
+        assert self.validation is not None
+        with self._shown_weights(alike=alike):
+            self.replica.module.eval()
+            tally = Tally(self.classes)
+            (target_name,) = (step.name for step in self.preparation.targets)
+            with torch.inference_mode():
+                for rows in self.validation.in_order(_VALIDATION_BATCH):
+                    batch = self.preparation.batch(rows.arrays, targets=True)
+                    outputs = self.signature.call(self.replica.module, batch)
+                    scores = next(iter(outputs.values()))
+                    targets = batch[target_name]
+                    tally.update(scores, targets, loss_rows(self.loss, scores, targets))
         report = merge_all(self.classes, self.comms.gather(tally.to_vector())).report()
         figures: dict[str, Any] = {"rows": report.rows, "loss": report.loss}
         if self.classes is not None:
             figures |= {"accuracy": report.accuracy, "top5": report.top5}
         else:
             figures |= {"mean_absolute_error": report.mean_absolute_error}
+        self._progress.validations.append({"step": self._step, **figures})
+        self.hooks.on_event("validation", step=self._step, epoch=self._progress.epoch, **figures)
+        self._observe(figures, alike=alike)
         return figures
 
+    def _observe(self, figures: Mapping[str, Any], *, alike: bool) -> None:
+        """Let early stopping and the schedule see new figures, the same on every worker."""
+        self._rates.measured(float(figures["loss"]))
+        early, progress = self.settings.early_stopping, self._progress
+        if early is None:
+            return
+        if early.metric not in figures:
+            known = did_you_mean(early.metric, [name for name in figures if name != "rows"])
+            raise ConfigError("metric", early.metric, f"is no figure of this training.{known}", "Name one of them")
+        progress.watch, better = observe(early, progress.watch, float(figures[early.metric]))
+        if better and early.restore_best:
+            with self._shown_weights(alike=alike):
+                state = self.replica.module.state_dict()
+                self._best = {name: tensor.detach().clone() for name, tensor in state.items()}
+        if progress.watch.waited >= early.patience:
+            progress.stopped = progress.stopped or "early_stopping"
 
-@contextlib.contextmanager
-def _stored_statistics(module: torch.nn.Module) -> Iterator[None]:
-    """Batch normalisation in inference mode, for layers that keep statistics."""
-    layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
+    @contextlib.contextmanager
+    def _shown_weights(self, *, alike: bool) -> Iterator[None]:
+        """Inside, the module holds the weights that would be the result if training ended now.
 
+        That is their running average, where one is kept; and where the workers differ, the mean over the workers.
+        """
+        surgery.set_training(self.replica.module, self.frozen)
+        parameters, statistics = self.replica.parameters(), self.replica.statistics()
+        averaged = self._average is not None and bool(self._average.values)
+        apart = [] if alike else statistics
+        if not alike and not self.strategy.replicas_agree:
+            apart = [*parameters, *statistics]
+        kept = [(tensor, tensor.detach().clone()) for tensor in (parameters if averaged else []) + apart]
+        with torch.no_grad():
+            if averaged:
+                assert self._average is not None
+                for parameter, value in zip(parameters, self._average.values, strict=True):
+                    parameter.copy_(value)
+            if self.comms.world > 1 and apart:
+                self.comms.sum_all(apart, self.strategy.share(self._state, self.comms))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in reversed(kept):
+                    tensor.copy_(value)
 
-def compute_loss(
-    module: torch.nn.Module, signature: Signature, batch: Mapping[str, Tensor], loss: LossFunction
-) -> Tensor:
-    """The mean loss of a batch, as one number with a gradient.
-
-    Raises: TrainingError, when the net or the loss function refuses the batch, or the loss is not one number.
-    """
-    try:
-        outputs = next(iter(signature.call(module, batch).values()))
-        (target_name,) = (name for name in batch if name not in signature.inputs)
-        targets = batch[target_name]
-        value = loss(outputs, aligned(loss, outputs, targets))
-    except KindlingError:
-        raise
-    except Exception as error:  # whatever a user's net or loss function may raise
-        shapes = {name: f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in batch.items()}
-        raise TrainingError(
-            f"the net or its loss refused a batch: {type(error).__name__}: {error}. The batch was {shapes}."
-        ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise TrainingError(f"the loss of a batch is {shape}, not one number. Average it in the loss function.")
-    if not value.requires_grad:
-        raise TrainingError(
-            "the loss depends on no trainable parameter. Is every layer frozen? Use unfreeze() or then()."
-        )
-    return value.reshape(())
+    def _average_alike(self) -> None:
+        """Where workers differ between averagings, so do their running averages: take the mean of them."""
+        if self._average is not None and self._average.values and not self.strategy.replicas_agree:
+            if self.comms.world > 1:
+                self.comms.sum_all(self._average.values, 1 / self.comms.world)

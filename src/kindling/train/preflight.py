@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kindling.model import Model
+    from kindling.train.settings import LoopSettings, UserCode
 
     OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
@@ -113,11 +114,11 @@ def rehearse(
     signature: Signature,
     preparation: Preparation,
     frozen: frozenset[str],
-    loss: Callable[..., Tensor],
-    make_optimizer: OptimizerFactory,
+    code: UserCode,
+    settings: LoopSettings,
     labels: tuple[str, ...] | None,
 ) -> int | None:
-    """One forward and backward pass of made-up rows on the driver: shapes, dtypes, labels, loss and optimizer fit.
+    """One forward and backward pass of made-up rows on the driver: shapes, dtypes, labels and the user's code fit.
 
     Returns: the number of classes, or None for regression.
     Raises: ModelError, ConfigError, TrainingError: what does not fit.
@@ -126,7 +127,8 @@ def rehearse(
     import torch
 
     from kindling import surgery
-    from kindling.train.loop import compute_loss
+    from kindling.train.losses import compute_loss
+    from kindling.train.rates import make_schedule
 
     rng = np.random.default_rng(0)
     arrays = {}
@@ -142,7 +144,7 @@ def rehearse(
         )
     with torch.random.fork_rng(devices=[]):
         batch = preparation.batch(arrays, targets=True)
-        value = compute_loss(copied, signature, batch, loss)
+        value = compute_loss(copied, signature, batch, code.loss, settings.precision)
         value.backward()  # type: ignore[no-untyped-call]
         outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
     if labels is not None:
@@ -153,14 +155,16 @@ def rehearse(
                 f"the net's output has shape {('N', *outputs.shape[1:])}, but there are {len(labels)} labels. "
                 f"The last layer should give {len(labels)} scores."
             )
-    made = make_optimizer(trainable)
+    made = code.optimizer(trainable)
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(
             "optimizer",
-            make_optimizer,
+            code.optimizer,
             f"gave a {type(made).__name__}",
             "Give a function of parameters that returns a torch optimizer: partial(torch.optim.SGD, lr=0.1)",
         )
+    if code.schedule is not None:
+        make_schedule(code.schedule, made, settings.epochs)
     return len(labels) if labels is not None else None
 
 

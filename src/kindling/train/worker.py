@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kindling.storage import Place
     from kindling.train.checkpoint import Checkpoint
     from kindling.train.events import EventLog
+    from kindling.train.settings import UserCode
     from kindling.train.writer import Writer
 
 REPORT_SCHEMA = "rank int, kind string, part int, data binary"
@@ -127,7 +128,7 @@ class _Worker:
     def _train(self, spool: Any) -> Iterator[tuple[str, int, bytes]]:
         import torch.distributed as dist
 
-        from kindling.train.loop import Feed
+        from kindling.train.feed import Feed
         from kindling.train.spool import TRAIN, VALIDATION
         from kindling.train.strategies import Comms, GroupComms, SharedMemoryComms, SoloComms
 
@@ -250,11 +251,11 @@ class _Worker:
         from kindling.train.writer import LocalBoard, StoreBoard, Writer
 
         spec = self.spec
-        make_optimizer, loss, strategy = cloudpickle.loads(spec.callables)
+        code: UserCode = cloudpickle.loads(spec.code)
         module = _own_copy(ship.open_module(spec.module))
         surgery.set_training(module, spec.frozen)
         try:
-            replica = Replica.of(module, make_optimizer)
+            replica = Replica.of(module, code.optimizer)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"the optimizer could not be made: {error}.") from error
         writer = None
@@ -271,11 +272,12 @@ class _Worker:
         loop = Loop(
             settings=spec.loop,
             replica=replica,
-            strategy=strategy,
+            strategy=code.strategy,
             comms=comms,
             signature=Signature.from_json(spec.signature),
             preparation=Preparation.from_json(spec.preparation),
-            loss=loss,
+            loss=code.loss,
+            schedule=code.schedule,
             feed=feed,
             counts_V=meeting.counts_V,
             frozen=spec.frozen,
@@ -350,6 +352,9 @@ class _Hooks:
 
     def on_event(self, kind: str, *, step: int, epoch: int, keep: bool = True, **data: Any) -> None:
         self._log.emit(kind, step=step, epoch=epoch, keep=keep, **data)
+
+    def stop_asked(self) -> bool:
+        return False
 
     def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
         if self._writer is not None:

@@ -130,6 +130,10 @@ class Strategy:
         """
         return 1.0
 
+    def share(self, state: State, comms: Comms) -> float:
+        """This worker's weight in a mean of the workers' weights or statistics taken now; all sum to 1."""
+        return state["rows"] / state["all"] if state.get("all") else 1 / comms.world
+
     def on_backward(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> None:
         """Just before a step's last backward pass, and only where this worker has rows: a chance to send early."""
 
