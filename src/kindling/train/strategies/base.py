@@ -174,17 +174,27 @@ def average_into(tensors: Sequence[Tensor], share: float, comms: Comms) -> None:
 
 
 def share_gradients(replica: Replica, comms: Comms) -> None:
-    """Sum the gradients over the workers; one that has none, for want of rows or of a branch, takes part with zeros."""
-    if comms.world == 1:
-        return
-    gradients: list[Tensor] = []
-    for parameter in replica.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        elif parameter.grad.is_sparse:  # every worker has other rows of it
-            parameter.grad = parameter.grad.to_dense()
-        gradients.append(parameter.grad)
-    comms.sum_all(gradients)
+    """Sum the gradients over the workers."""
+    if comms.world > 1:
+        comms.sum_all([gradient_of(parameter) for parameter in replica.parameters()])
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient; zeros where there is none, for want of rows or of a branch: the others may have it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:  # every worker has other rows of it
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
+def evenly(total: int, rank: int, world: int) -> int:
+    """One worker's part of a number, when it is spread over all of them.
+
+    >>> [evenly(10, rank, 3) for rank in range(3)]
+    [3, 3, 4]
+    """
+    return total * (rank + 1) // world - total * rank // world
 
 
 def average_optimizer(replica: Replica, share: float, comms: Comms) -> None:

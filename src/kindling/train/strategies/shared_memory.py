@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -43,19 +43,22 @@ class SharedMemoryComms(GroupComms):
     Every worker adds in the order of the ranks, so all get the same bits, and the same as `InProcessComms` gives.
     """
 
-    def __init__(self, board: mmap.mmap) -> None:
-        super().__init__()
+    overlaps: ClassVar[bool] = False
+
+    def __init__(self, board: mmap.mmap, address: str = "127.0.0.1") -> None:
+        super().__init__(address)
         self._board = torch.frombuffer(board, dtype=torch.uint8)
         self._slot_bytes = len(board) // (2 * self.world)
         self._turn = 0
         self._token = torch.zeros(1)
 
     @classmethod
-    def open(cls, store: Any) -> SharedMemoryComms | None:
+    def open(cls, store: Any, address: str = "127.0.0.1") -> SharedMemoryComms | None:
         """Map rank 0's memory on every worker, or nowhere: None on all of them where one does not reach it.
 
         Args:
             store: of the process group; the board's address goes through it.
+            address: as in `GroupComms`.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         size = 2 * world * (min(_SLOT_BYTES, _BOARD_BYTES // (2 * world)) // _LINE * _LINE)
@@ -73,14 +76,13 @@ class SharedMemoryComms(GroupComms):
         dist.all_reduce(everyone, op=dist.ReduceOp.MIN)  # also keeps rank 0's descriptor open until all have mapped it
         if opened >= 0:
             os.close(opened)
-        return cls(board) if board is not None and everyone.item() else None
+        return cls(board, address) if board is not None and everyone.item() else None
 
-    def sum_all(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+    def _sum_all(self, tensors: Sequence[Tensor], scale: float) -> None:
         for group in by_dtype(tensors):
-            self._count(sum(tensor.numel() for tensor in group) * group[0].element_size())
             spans = [tensor.detach().reshape(-1) for tensor in group]
             for piece in self._pieces(spans):
-                self._exchange(piece, scale)
+                self._add_up(piece, scale)
             for tensor, span in zip(group, spans, strict=True):
                 if span.data_ptr() != tensor.data_ptr():  # it did not lie in one piece, and was copied
                     tensor.detach().copy_(span.view_as(tensor))
@@ -90,7 +92,7 @@ class SharedMemoryComms(GroupComms):
             super()._sum(tensor)
             return
         for piece in self._pieces([tensor.detach().view(-1)]):
-            self._exchange(piece, 1.0)
+            self._add_up(piece, 1.0)
 
     def _pieces(self, spans: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """The spans in order, cut so that each list fits a slot."""
@@ -109,7 +111,7 @@ class SharedMemoryComms(GroupComms):
         if piece:
             yield piece
 
-    def _exchange(self, piece: list[Tensor], scale: float) -> None:
+    def _add_up(self, piece: list[Tensor], scale: float) -> None:
         dtype = piece[0].dtype
         slots = self._board.view(dtype).view(2, self.world, -1)[self._turn]
         # The other slots may still be read by a worker that is behind; these were read before the last signal.
