@@ -117,6 +117,8 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
         (["fit", "photos", "--out", "model"], "Missing option"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--epochs", "0"], "--epochs"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "magic"], "averaging:N"),
+        (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "diloco:5,speed=3"], "outer_lr"),
+        (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "threshold:tiny"], "wrong kind"),
         (["transfer", "photos", "--net", "lenet", "--out", "model", "--split", ".7,.7"], "three shares"),
         (["transfer", "photos", "--net", "lenet", "--out", "model", "--split", ".9,.1,0"], "three shares"),
         (["transfer", "photos", "--net", "lenet", "--out", "model", "--split", ".7,.15,.1501"], "three shares"),

@@ -12,11 +12,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AllReduce": "kindling.train.strategies",
+    "DiLoCo": "kindling.train.strategies",
+    "Downpour": "kindling.train.strategies",
     "EarlyStopping": "kindling.train.settings",
     "Model": "kindling.model",
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
     "Report": "kindling.evaluate",
+    "ThresholdSharing": "kindling.train.strategies",
     "errors": "kindling.errors",
     "labels": "kindling.read",
     "load": "kindling.model",
@@ -30,11 +33,14 @@ _HOME = {
 
 __all__ = [
     "AllReduce",
+    "DiLoCo",
+    "Downpour",
     "EarlyStopping",
     "Model",
     "ParameterAveraging",
     "Preparation",
     "Report",
+    "ThresholdSharing",
     "__version__",
     "errors",
     "labels",
@@ -56,7 +62,7 @@ if TYPE_CHECKING:
     from kindling.read import labels, split
     from kindling.session import spark
     from kindling.train.settings import EarlyStopping
-    from kindling.train.strategies import AllReduce, ParameterAveraging
+    from kindling.train.strategies import AllReduce, DiLoCo, Downpour, ParameterAveraging, ThresholdSharing
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,10 @@ Only shapes and words: what a command does with them is in `cli.py`. Importing t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import json
 import math
 import os
 import re
@@ -87,9 +89,10 @@ StrategyName = Annotated[
     str,
     option(
         TRAINING,
-        "How workers agree: average the weights every N steps, or the gradients at each.",
+        "How workers agree: averaging[:STEPS], allreduce[:bf16|powersgd], diloco[:STEPS], downpour[:STEPS], "
+        "threshold[:SIZE]; further settings follow as ,NAME=VALUE.",
         "--strategy",
-        metavar="averaging:N|allreduce",
+        metavar="NAME[:VALUE]",
     ),
 ]
 Workers = Annotated[int | None, option(TRAINING, "Parallel workers; default: Spark's slots.", min=1)]
@@ -179,18 +182,56 @@ def rows_of(spark: SparkSession, data: list[str]) -> DataFrame:
     return spark.read.parquet(*tables)
 
 
+_STRATEGIES = {
+    "allreduce": ("AllReduce", ("compression",)),
+    "averaging": ("ParameterAveraging", ("every",)),
+    "diloco": ("DiLoCo", ("every",)),
+    "downpour": ("Downpour", ("push_every", "fetch_every")),
+    "threshold": ("ThresholdSharing", ("threshold",)),
+}
+"""Strategies by their names here, with the settings that a value right after the name stands for."""
+
+
 def strategy_of(text: str) -> Any:
     """The strategy that `--strategy` names.
 
     >>> strategy_of("averaging:3").every
     3
+    >>> strategy_of("diloco:50,fragments=4,delay=5").delay
+    5
     """
-    kind, _, number = text.partition(":")
-    if kind == "allreduce" and not number:
-        return kd.AllReduce()
-    if kind == "averaging" and (number.isdigit() or not number):
-        return kd.ParameterAveraging(every=int(number)) if number else kd.ParameterAveraging()
-    raise typer.BadParameter(f"{text!r} is neither averaging:N nor allreduce", param_hint="--strategy")
+    name, _, rest = text.partition(":")
+    parts = [part.strip() for part in rest.split(",")] if rest else []
+    if name not in _STRATEGIES or "" in parts:
+        raise typer.BadParameter(
+            f"{text!r} is no strategy: averaging:N, allreduce, allreduce:bf16, allreduce:powersgd, diloco:N, "
+            "downpour:N or threshold:SIZE, and further settings as ,NAME=VALUE",
+            param_hint="--strategy",
+        )
+    public, first = _STRATEGIES[name]
+    kind = getattr(kd, public)
+    known = {field.name for field in dataclasses.fields(kind)}
+    settings: dict[str, Any] = {}
+    for place, part in enumerate(parts):
+        key, equals, value = part.rpartition("=")
+        keys = (key,) if equals else first
+        if (not equals and place) or not known.issuperset(keys):
+            raise typer.BadParameter(
+                f"{part!r} is no setting of {name}; those are {', '.join(sorted(known))}", param_hint="--strategy"
+            )
+        settings |= dict.fromkeys(keys, _plain_value(value))
+    try:
+        return kind(**settings)
+    except TypeError:
+        raise typer.BadParameter(f"{text!r} has a value of the wrong kind", param_hint="--strategy") from None
+
+
+def _plain_value(text: str) -> Any:
+    """A number, true, false or null as JSON has them, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def shares_of(text: str) -> tuple[float, ...]:

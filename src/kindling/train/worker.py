@@ -159,8 +159,8 @@ class _Worker:
                 world_size=spec.workers,
                 timeout=timedelta(seconds=spec.collective_timeout_s),
             )
+        comms: Comms = SoloComms()
         try:
-            comms: Comms = SoloComms()
             if spec.workers > 1:
                 shared = SharedMemoryComms.open(store) if meeting.one_machine else None
                 comms = shared or GroupComms()
@@ -169,7 +169,7 @@ class _Worker:
             yield from self._report(self._loop(feed, validation, meeting, comms, store, place), meeting, place)
             comms.meet()  # nobody leaves while another still needs the store
         except KindlingError as error:
-            _leave_word(store, to_wire(error), self.rank)
+            _leave_word(store, to_wire(error), self.rank, comms)
             raise
         except RuntimeError as error:
             # A broken connection: another worker died (Spark starts us all again) or left word of what it met.
@@ -179,6 +179,7 @@ class _Worker:
                 raise found from None
             raise RuntimeError(f"worker {self.rank} of {spec.workers} lost its group: {error}") from error
         finally:
+            comms.close()
             if dist.is_initialized():
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
@@ -455,7 +456,7 @@ def _use_interface(host: str) -> None:
                 return
 
 
-def _leave_word(store: Any, text: str, rank: int) -> None:
+def _leave_word(store: Any, text: str, rank: int, comms: Any) -> None:
     """Tell the others why this worker stops, before its connections break; the store's host waits until they know."""
     if store is None:
         return
@@ -463,6 +464,7 @@ def _leave_word(store: Any, text: str, rank: int) -> None:
 
     with contextlib.suppress(RuntimeError):
         store.set("word", text)
+        comms.close()
         if dist.is_initialized():
             others = dist.get_world_size() - 1
             dist.destroy_process_group()

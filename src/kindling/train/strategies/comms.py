@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kindling.train.strategies.mail import Letter, Mail, QueueMail, TcpMail
+from kindling.train.strategies.mail import Letter, Mail, QueueMail, TcpMail, own_address
 
 T = TypeVar("T")
 
@@ -41,19 +41,17 @@ class Comms(ABC):
 
     rank: int
     world: int
+    bytes_sent: int
+    """Bytes this worker has sent: `2 (W - 1) / W` of the tensor for an all-reduce, as a ring sends them."""
     overlaps: ClassVar[bool] = True
     """A sum that is started early goes on beside the computing; False where it would only compete with it."""
 
     def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
-        self._bytes, self._lock = 0, threading.Lock()
+        self.rank, self.world, self.bytes_sent = rank, world, 0
+        self._lock = threading.Lock()
+        self._mails: list[Mail] = []
         self._line: ThreadPoolExecutor | None = None
         self._last: Future[Any] | None = None
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes this worker has sent: `2 (W - 1) / W` of the tensor for an all-reduce, as a ring sends them."""
-        return self._bytes
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the workers, in place; returns it. Every worker gets the same bits."""
@@ -108,20 +106,25 @@ class Comms(ABC):
 
     def open_mail(self) -> Mail:
         """A way to send messages from worker to worker at any time. All workers open theirs together."""
-        return self._mail(self._count)
+        mail = self._mail(self._count)
+        self._mails.append(mail)
+        return mail
 
     def close(self) -> None:
-        """Let what was started come to its end, and stop; safe to call twice.
+        """Let what was started come to its end, close the mail, and stop; safe to call twice.
 
-        A worker that gives up calls this before it leaves: the others take part in all that it has started.
+        A worker that gives up calls this before it leaves the group, and after it has said why: the others take part in
+        all that it has started, and learn from its closed mail that it is gone.
         """
+        for mail in self._mails:
+            mail.close()
         if self._line is not None:
             self._line.shutdown(wait=True)
             self._line = None
 
     def _count(self, size: int) -> None:
         with self._lock:
-            self._bytes += size
+            self.bytes_sent += size
 
     def _count_all(self, tensors: Sequence[Tensor]) -> None:
         for group in by_dtype(tensors):
@@ -199,14 +202,10 @@ class GroupComms(Comms):
 
     Sums are taken in the order of the ranks, as everywhere here, so that the bits do not depend on which hosts the
     workers were started on. gloo's own all-reduce adds each part of a tensor in another order; this one sends as much.
-
-    Args:
-        address: of the interface on which other workers reach this one; messages are received there.
     """
 
-    def __init__(self, address: str = "127.0.0.1") -> None:
+    def __init__(self) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size())
-        self._address = address
 
     def _sum(self, tensor: Tensor) -> None:
         if self.world == 2:  # a + b is b + a
@@ -235,7 +234,7 @@ class GroupComms(Comms):
         return parts
 
     def _mail(self, count: Callable[[int], None]) -> Mail:
-        return TcpMail(self.rank, self._address, lambda text: _texts(self.exchange(_bytes(text))), count)
+        return TcpMail(self.rank, own_address(), lambda text: _texts(self.exchange(_bytes(text))), count)
 
 
 class InProcessComms(Comms):
@@ -251,10 +250,10 @@ class InProcessComms(Comms):
         world: int,
         barrier: threading.Barrier,
         slots: list[Tensor | None],
-        inboxes: list[queue.SimpleQueue[Letter]],
+        boxes: dict[int, list[queue.SimpleQueue[Letter]]],
     ) -> None:
         super().__init__(rank, world)
-        self._barrier, self._slots, self._inboxes = barrier, slots, inboxes
+        self._barrier, self._slots, self._boxes = barrier, slots, boxes
 
     def _sum(self, tensor: Tensor) -> None:
         self._slots[self.rank] = tensor.clone()
@@ -276,7 +275,8 @@ class InProcessComms(Comms):
         return parts
 
     def _mail(self, count: Callable[[int], None]) -> Mail:
-        return QueueMail(self.rank, self._inboxes, count)
+        fresh: list[queue.SimpleQueue[Letter]] = [queue.SimpleQueue() for _ in range(self.world)]
+        return QueueMail(self.rank, self._boxes.setdefault(len(self._mails), fresh), count)
 
     @classmethod
     def run(cls, world: int, work: Callable[[Comms], T]) -> list[T]:
@@ -286,12 +286,12 @@ class InProcessComms(Comms):
         """
         barrier = threading.Barrier(world)
         slots: list[Tensor | None] = [None] * world
-        inboxes: list[queue.SimpleQueue[Letter]] = [queue.SimpleQueue() for _ in range(world)]
+        boxes: dict[int, list[queue.SimpleQueue[Letter]]] = {}
         results: dict[int, T] = {}
         errors: list[BaseException] = []
 
         def body(rank: int) -> None:
-            comms = cls(rank, world, barrier, slots, inboxes)
+            comms = cls(rank, world, barrier, slots, boxes)
             try:
                 results[rank] = work(comms)
             except BaseException as error:

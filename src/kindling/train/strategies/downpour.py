@@ -181,6 +181,7 @@ class _Worker:
         self._answers: dict[int, Weights] = {}
         self._shard, self._lock = shard, threading.Lock()
         self._incoming: queue.SimpleQueue[tuple[int, Weights | BaseException]] = queue.SimpleQueue()
+        self._met = False
         self._mail: Mail | None = None
         self._thread: threading.Thread | None = None
         if self._world > 1:
@@ -213,6 +214,7 @@ class _Worker:
             self.accrued = torch.zeros_like(flat)
         self._anchor = flat
         self._numbers[0] += 1
+        self._met = False
         for rank in self._ranks():
             part = change[self._cuts[rank] : self._cuts[rank + 1]]
             self._tell(rank, Push(source=self._rank, number=self._numbers[0], seen=self._seen[rank], change=part))
@@ -254,15 +256,16 @@ class _Worker:
         """Begin anew from weights that all workers have."""
         _fill(replica.parameters(), flat)
         self._anchor = flat
-        own = self._numbers[0]
-        self._seen = [pushes - own] * self._world
+        self._seen = [pushes - self._numbers[0]] * self._world
+        self._met = True
 
     def close(self) -> None:
         if self._mail is not None:
             self._mail.send(self._rank, b"")  # to the thread that serves
             assert self._thread is not None
             self._thread.join(5)
-            self._mail.close()
+            if self._met:  # else something went wrong, and whoever closes the Comms says what before the others notice
+                self._mail.close()
 
     def _ranks(self) -> list[int]:
         """All workers, from the next one on: not everybody calls on the same one first; oneself at last."""

@@ -45,20 +45,19 @@ class SharedMemoryComms(GroupComms):
 
     overlaps: ClassVar[bool] = False
 
-    def __init__(self, board: mmap.mmap, address: str = "127.0.0.1") -> None:
-        super().__init__(address)
+    def __init__(self, board: mmap.mmap) -> None:
+        super().__init__()
         self._board = torch.frombuffer(board, dtype=torch.uint8)
         self._slot_bytes = len(board) // (2 * self.world)
         self._turn = 0
         self._token = torch.zeros(1)
 
     @classmethod
-    def open(cls, store: Any, address: str = "127.0.0.1") -> SharedMemoryComms | None:
+    def open(cls, store: Any) -> SharedMemoryComms | None:
         """Map rank 0's memory on every worker, or nowhere: None on all of them where one does not reach it.
 
         Args:
             store: of the process group; the board's address goes through it.
-            address: as in `GroupComms`.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         size = 2 * world * (min(_SLOT_BYTES, _BOARD_BYTES // (2 * world)) // _LINE * _LINE)
@@ -76,7 +75,7 @@ class SharedMemoryComms(GroupComms):
         dist.all_reduce(everyone, op=dist.ReduceOp.MIN)  # also keeps rank 0's descriptor open until all have mapped it
         if opened >= 0:
             os.close(opened)
-        return cls(board, address) if board is not None and everyone.item() else None
+        return cls(board) if board is not None and everyone.item() else None
 
     def _sum_all(self, tensors: Sequence[Tensor], scale: float) -> None:
         for group in by_dtype(tensors):
