@@ -33,6 +33,10 @@ NO_SPARK = (
     "formats",
     "train.strategies",
     "train.order",
+    "train.line",
+    "train.table",
+    "train.meeting",
+    "train.remote",
     "predict.engine",
     "model",
 )

@@ -293,6 +293,7 @@ class Model:
         on_error: str = "fail",
         key: str | None = None,
         checkpoint_every: int = 1,
+        timeout_s: float = 600.0,
         progress: bool = True,
     ) -> Model:
         """Train on Spark; returns the trained model. A killed worker is survived: the others start again with it.
@@ -337,6 +338,8 @@ class Model:
                 model does not know is a broken row too.
             key: the column whose hash gives a row its place; `path` if there is one, else all columns read.
             checkpoint_every: epochs between checkpoints.
+            timeout_s: a worker without progress for so long is given up and all are started again; so long they wait,
+                too, for one that Spark has no slot for yet.
             progress: show a progress bar.
         Raises: ConfigError, DataError, ModelError, TrainingError: what cannot work, from the driver, before or during
             the training.
@@ -378,6 +381,7 @@ class Model:
             frozen_precision=frozen_precision,
             on_error=on_error,
             key=key,
+            timeout_s=timeout_s,
             progress=progress,
         )
 

@@ -444,7 +444,7 @@ def unwrap(error: BaseException) -> NoReturn:
     Raises: KindlingError, as a worker raised it; else SessionError (DataError for a query Spark refuses) with the last
         lines of the worker's Python traceback, or the first line of Spark's own message.
     """
-    if isinstance(error, KindlingError) or not _is_sparks(error):
+    if isinstance(error, KindlingError) or not is_sparks(error):
         raise error
     text = "\n".join(_texts(error))
     found = from_text(text)
@@ -469,7 +469,8 @@ def translated() -> Iterator[None]:
         unwrap(error)
 
 
-def _is_sparks(error: BaseException) -> bool:
+def is_sparks(error: BaseException) -> bool:
+    """Whether an exception comes from Spark: from its Python side, from Java, or from Connect."""
     return any(kind.__module__.split(".")[0] in ("pyspark", "py4j", "grpc") for kind in type(error).__mro__)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 import kindling as kd
 from kindling.errors import ConfigError, DataError, ModelError, TrainingError
+from kindling.storage import open_place
 from kindling.train.events import Event
 from kindling.train.fit import murmur3_of_long, route_keys
 
@@ -219,9 +220,14 @@ def _killed_equals_unbroken(
     step: int | None = None,
     deaths: int = 1,
     keep: bool = True,
+    unseen: bool = False,
     frozen_front: bool = False,
 ) -> None:
-    """Args: step: the call of the loss in which the worker dies, from 1; `keep`: in a run directory of the test's."""
+    """A worker that dies while training, against an unbroken run.
+
+    Args: step: the call of the loss in which the worker dies, from 1; keep: in a run directory of the test's; unseen:
+    in one that only the driver's own process sees.
+    """
     df = frame(spark, blobs(480))
     model = net(dropout=0.2)
     if frozen_front:
@@ -244,7 +250,7 @@ def _killed_equals_unbroken(
 
     thread = threading.Thread(target=killer)
     thread.start()
-    run = tmp_path / "run"
+    run = f"memory://{tmp_path.name}/run" if unseen else tmp_path / "run"
     try:
         broken = fit(
             model, df, **options, loss=WaitForDeath(str(tmp_path / "pid"), at, deaths), run=run if keep else None
@@ -255,8 +261,9 @@ def _killed_equals_unbroken(
     assert len(killed) == deaths
     assert broken.history[-1]["attempts"] == deaths + 1 or not keep
     if keep:
-        parts = sorted(run.glob(f"events/{deaths}/0/*.jsonl"))
-        events = [Event.from_line(line) for part in parts for line in part.read_text().splitlines()]
+        place = open_place(run)
+        parts = place.list(f"events/{deaths}/0")
+        events = [Event.from_line(line) for part in parts for line in place.read(part).splitlines()]
         resumed = [event.step for event in events if event.kind == "resumed"]
         last = 0
         for _ in range(deaths):
@@ -275,10 +282,11 @@ def _killed_equals_unbroken(
         {"step": 45},  # the last of all
         {"step": 20, "deaths": 2},
         {"step": 20, "keep": False},
+        {"step": 20, "unseen": True},
         {"step": 20, "frozen_front": True},
         {"step": 20, "strategy": kd.ParameterAveraging(every=3, average_optimizer_state=True)},
     ],
-    ids=["first step", "last step", "twice", "temporary run", "frozen front", "optimizer state"],
+    ids=["first step", "last step", "twice", "temporary run", "unseen run", "frozen front", "optimizer state"],
 )
 def test_killed_at_other_moments(spark: Any, tmp_path: Path, fault: dict[str, Any]) -> None:
     _killed_equals_unbroken(spark, tmp_path, 2, **{"strategy": kd.AllReduce(), **fault})

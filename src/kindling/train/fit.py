@@ -19,16 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kindling import ship
 from kindling.errors import ConfigError, DataError, KindlingError, SessionError, from_text
 from kindling.prepare import ArrayStep, Preparation, Step
 from kindling.signature import Signature
 from kindling.train import preflight, spool
-from kindling.train.events import Event, Listener
+from kindling.train.events import Event
+from kindling.train.listener import Listener
 from kindling.train.progress import TrainingBar
-from kindling.train.settings import ON_ERROR, LoopSettings, UserCode, WorkerSpec
+from kindling.train.settings import ON_ERROR, LoopSettings, UserCode, WorkerSpec, silence_s
+from kindling.train.table import Table
 from kindling.train.worker import NO_ROWS, REPORT_SCHEMA, run_worker
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def fit(
     frozen_precision: str,
     on_error: str,
     key: str | None,
+    timeout_s: float,
     progress: bool,
 ) -> Model:
     """Train `model` on a DataFrame; see `Model.fit` for the arguments. Returns a new Model."""
@@ -88,14 +91,27 @@ def fit(
     )
     classes = preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, labels)
     workers = preflight.workers_for(spark, workers)
-    preflight.check_patience(spark)
+    plain = preflight.without_barrier(spark)
 
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(TrainingBar(settings.epochs, shown=progress))
         place, beacon = _run_directory(run, spark, stack)
         desk = _Desk(bar)
         address = own_address(spark)
-        listener = stack.enter_context(Listener(desk.on_event, address)) if address else None
+        listener = None
+        if address:
+            copies = preflight.runs_copies(spark)
+            table = Table(
+                workers,
+                silence_s=silence_s(timeout_s),
+                stall_s=timeout_s,
+                seats_s=timeout_s,
+                copies=copies,
+            )
+            kill = _task_killer(spark)
+            listener = stack.enter_context(Listener(desk.on_event, address, table=table, place=place, kill=kill))
+        else:
+            preflight.check_patience(spark)
         prefix = _prefix(spark, model, split, df, frozen_precision, key_columns) if split else None
         run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
         spec = WorkerSpec(
@@ -113,6 +129,7 @@ def fit(
             directory_asked=run is not None,
             beacon=beacon,
             listener=listener.address if listener else None,
+            timeout_s=timeout_s,
         )
         described = _describe(model, spec, code, prefix, run_name, key_columns)
         if place:
@@ -128,14 +145,15 @@ def fit(
         packed = _packed(df, pack, needed, key_columns)
         if validation is not None:
             packed = packed.unionAll(_packed(validation, replace(pack, stream=spool.VALIDATION), needed, key_columns))
-        trained = (
-            packed.repartition(workers, "key")
-            .mapInArrow(ship.guard(partial(run_worker, spec)), REPORT_SCHEMA, barrier=True)
+        work = ship.guard(partial(run_worker, spec))
+        routed = packed.repartition(workers, "key")
+        if plain:
+            trained = routed.mapInArrow(work, REPORT_SCHEMA)
+        else:
             # Spark starts a failed barrier stage again only where it is not the last one of its job.
-            .repartition(1)
-        )
+            trained = routed.mapInArrow(work, REPORT_SCHEMA, barrier=True).repartition(1)
         launched = time.time()
-        result = _collect(spark, trained, desk, stack)
+        result = _collect(spark, trained, desk, listener, stack)
         module = _trained_module(tail, result.weights)
         record = {
             **described,
@@ -384,41 +402,43 @@ class _Result:
         return spent
 
 
-def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contextlib.ExitStack) -> _Result:
-    """Run the job and take its result apart.
+def _collect(
+    spark: SparkSession, trained: DataFrame, desk: _Desk, listener: Listener | None, stack: contextlib.ExitStack
+) -> _Result:
+    """Run the job and take its result apart: what came over the workers' lines, else its rows.
 
     Raises: the error that a worker has told.
     """
     tag = f"kindling-{secrets.token_hex(6)}"
     cancel = _cancel_by_tag(spark, tag, stack)
+    rows: list[tuple[int, str, int, bytes]] = []
     try:
         with ship.bounded_arrow_batches(spark):
-            rows = trained.collect()
+            rows = [(row["rank"], row["kind"], row["part"], bytes(row["data"])) for row in trained.collect()]
     except KeyboardInterrupt:
         cancel()
         raise
     except Exception as error:
-        if desk.error is not None:
-            raise desk.error from None
-        ship.unwrap(error)
-    for row in rows:
-        if row["kind"] == "error":
-            raise from_text(bytes(row["data"]).decode()) or SessionError("a worker failed without saying why.")
-    reports = {row["rank"]: json.loads(bytes(row["data"])) for row in rows if row["kind"] == "report"}
+        if not (listener and listener.results()):  # else only Spark's own book-keeping has failed, after the training
+            _explain(error, desk, listener)
+    for _, kind, _, data in rows:
+        if kind == "error":
+            raise from_text(data.decode()) or SessionError("a worker failed without saying why.")
+    if listener:
+        rows = listener.results()
+    reports = {rank: json.loads(data) for rank, kind, _, data in rows if kind == "report"}
     if not reports:
+        if desk.error is not None:
+            raise desk.error
         # Spark 3.5 leaves out a stage that it knows to have no input.
         raise DataError(NO_ROWS)
     events = [
-        Event.from_line(line)
-        for row in rows
-        if row["kind"] == "events"
-        for line in bytes(row["data"]).splitlines()
-        if line
+        Event.from_line(line) for _, kind, _, data in rows if kind == "events" for line in data.splitlines() if line
     ]
     digests = {rank: report["sha256"] for rank, report in reports.items()}
     if len(set(digests.values())) > 1:
         _LOG.warning("the workers ended with different weights: %s", digests)
-    parts = sorted((row["part"], bytes(row["data"])) for row in rows if row["kind"] == "weights")
+    parts = sorted((part, data) for _, kind, part, data in rows if kind == "weights")
     first = reports[0]
     notes = [note for note in first["notes"] if note.get("broken")]
     return _Result(
@@ -433,6 +453,33 @@ def _collect(spark: SparkSession, trained: DataFrame, desk: _Desk, stack: contex
             "examples": [example for note in notes for example in note["examples"]][:5],
         },
     )
+
+
+def _explain(error: Exception, desk: _Desk, listener: Listener | None) -> NoReturn:
+    """Raise what ended the job: what a worker has told, else how the workers were lost, else what Spark says."""
+    if desk.error is not None:
+        raise desk.error from None
+    reasons = listener.table.reasons if listener else []
+    if reasons and ship.is_sparks(error):
+        try:
+            ship.unwrap(error)
+        except SessionError as told:
+            raise SessionError(
+                f"the workers were started {len(reasons)} times and lost each time. The last time: {reasons[-1]} {told}"
+            ) from None
+    ship.unwrap(error)
+
+
+def _task_killer(spark: SparkSession) -> Callable[[int, str], None] | None:
+    """Has Spark kill a task by its number; on Connect there is no way to ask for that."""
+    if ship.is_connect(spark):
+        return None
+    scheduler = spark.sparkContext._jsc.sc()
+
+    def kill(task: int, reason: str) -> None:
+        scheduler.killTaskAttempt(task, True, reason)
+
+    return kill
 
 
 def _cancel_by_tag(spark: SparkSession, tag: str, stack: contextlib.ExitStack) -> Callable[[], None]:

@@ -219,3 +219,21 @@ def check_patience(spark: SparkSession) -> None:
             _BARRIER_TIMEOUT,
             text,
         )
+
+
+def without_barrier(spark: SparkSession) -> bool:
+    """Whether Spark refuses barrier stages here, so that the workers must be tasks of a plain one.
+
+    It does with dynamic allocation (SPARK-24942), which a local master does not know.
+    """
+    local = str(spark.conf.get("spark.master", "") or "").startswith("local")
+    return not local and _is_on(spark, "spark.dynamicAllocation.enabled")
+
+
+def runs_copies(spark: SparkSession) -> bool:
+    """Whether Spark starts a slow task a second time beside the first; never in a barrier stage."""
+    return without_barrier(spark) and _is_on(spark, "spark.speculation")
+
+
+def _is_on(spark: SparkSession, setting: str) -> bool:
+    return str(spark.conf.get(setting, "false")).lower() == "true"

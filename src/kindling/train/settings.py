@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kindling.errors import ConfigError
-from kindling.train.events import ListenerAddress
+from kindling.train.line import Address
 
 if TYPE_CHECKING:
     from kindling.ship import ModuleSpec
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ON_ERROR = ("fail", "drop")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULE_EVERY = ("epoch", "step")
+_SILENCE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +171,16 @@ class WorkerSpec:
     """Whether the user named it: then a worker that cannot see it is worth a warning."""
     beacon: str
     """Content of the file `beacon` in the run directory: proof that it is the driver's."""
-    listener: ListenerAddress | None
-    meeting_timeout_s: float = 120.0
-    collective_timeout_s: float = 600.0
+    listener: Address | None
+    """Where the workers meet; None: in Spark's barrier."""
+    timeout_s: float = 600.0
+    """A worker without progress for so long is given up, and all are started again."""
+
+
+def silence_s(timeout_s: float) -> float:
+    """A worker that is not heard of for so long is lost; those that are well are heard every second.
+
+    >>> silence_s(600.0)
+    60.0
+    """
+    return min(_SILENCE_S, timeout_s)

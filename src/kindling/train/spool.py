@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,6 +283,17 @@ class Rows:
             np.take(column, rows, axis=0, out=out, mode="clip")  # "raise" would buffer the whole output once more
             gathered[name] = out
         return gathered
+
+
+def told(rows: Rows, tell: Callable[[], None]) -> Rows:
+    """The same rows; `tell` is called with each batch that is taken of them."""
+
+    class Told(Rows):
+        def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+            tell()
+            return super().gather(rows)
+
+    return Told(rows.hashes, rows.columns)
 
 
 class Spool:

@@ -1,7 +1,8 @@
-"""One barrier task: spool, meet, join the group, restore, train, report.
+"""One training task: spool, meet, join the group, restore, train, report.
 
 `run_worker` is what Spark calls; its inputs are its signature. torch is imported only after the thread settings stand.
-Rank 0 writes checkpoints and returns the weights; every rank returns its report.
+Rank 0 writes checkpoints and returns the weights; every rank returns its report: over its line to the driver, or, where
+there is none, as rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import struct
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ import numpy as np
 import pyarrow as pa
 
 from kindling.errors import DataError, FormatError, KindlingError, StorageError, TrainingError, from_text, to_wire
-from kindling.train.settings import WorkerSpec
+from kindling.train.meeting import BarrierMeeting, ClosedError, LostError, Meeting, TableMeeting
+from kindling.train.settings import WorkerSpec, silence_s
+from kindling.train.table import TRAINING
 
 if TYPE_CHECKING:
     from kindling.storage import Place
@@ -38,11 +41,13 @@ _ARROW_SCHEMA = pa.schema([("rank", pa.int32()), ("kind", pa.string()), ("part",
 NO_ROWS = "there is not one row to train on: the DataFrame is empty, or every row was broken."
 _PART_BYTES = 16 << 20
 _LAST_WORDS_S = 5.0
+_JOIN_S = 120.0
+_A_DAY_S = 86400.0
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 def run_worker(spec: WorkerSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Body of one barrier task: blobs in, report rows out (`REPORT_SCHEMA`)."""
+    """Body of one training task: blobs in, report rows out (`REPORT_SCHEMA`)."""
     from kindling.threads import settle
 
     settle(spec.threads)
@@ -57,13 +62,15 @@ def run_worker(spec: WorkerSpec, batches: Iterator[pa.RecordBatch]) -> Iterator[
 
 
 def _rank() -> int:
-    from pyspark import BarrierTaskContext
+    from pyspark import TaskContext
 
-    return int(BarrierTaskContext.get().partitionId())
+    context = TaskContext.get()
+    assert context is not None
+    return int(context.partitionId())
 
 
 @dataclass(frozen=True, slots=True)
-class _Meeting:
+class _Plan:
     """What every worker knows after meeting the others."""
 
     host: str
@@ -81,64 +88,91 @@ class _Worker:
         from kindling.train.events import EventLog
 
         self.spec, self.rank = spec, _rank()
-        self.log: EventLog = EventLog(spec.run, self.rank, spec.listener)
+        self.log: EventLog = EventLog(spec.run, self.rank)
         self.met = False
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, int, bytes]]:
         from kindling.train.spool import Spool
 
-        spool = None
+        meeting: Meeting | None = None
+        spool: Spool | None = None
+
+        def clean() -> None:
+            if spool is not None:
+                spool.close()
+
         try:
             from kindling.prepare import Preparation
 
+            meeting = _come(self.spec, self.rank, clean)
+            self.log.say = meeting.say
+            self.log.emit("start")
             began = time.perf_counter()
             spool = Spool(self.spec.run, Preparation.from_json(self.spec.preparation).packed_spec(targets=True))
-            self.log.emit("start")
             for batch in batches:
                 streams, notes, blobs = (
                     batch.column(batch.schema.get_field_index(n)) for n in ("stream", "notes", "blob")
                 )
                 for row in range(batch.num_rows):
                     spool.add(streams[row].as_py(), blobs[row].as_buffer(), notes[row].as_py())
+                    meeting.beat()
             self.log.emit("spooled", seconds=time.perf_counter() - began, bytes=spool.bytes)
-            yield from self._train(spool)
+            yield from self._train(spool, meeting)
+        except ClosedError:
+            return  # all have finished, and Spark has lost what one of them gave: the driver has it already
         except KindlingError as error:
-            yield from self._give_up(to_wire(error))
+            yield from self._give_up(error, meeting)
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # Not a fault of the machine: it would happen again in every further attempt.
             where = traceback.format_tb(error.__traceback__)[-1].strip()
-            wire = to_wire(TrainingError(f"worker {self.rank} failed: {type(error).__name__}: {error}\n{where}"))
-            yield from self._give_up(wire)
+            told = TrainingError(f"worker {self.rank} failed: {type(error).__name__}: {error}\n{where}")
+            yield from self._give_up(told, meeting)
+        except Exception as error:
+            if meeting is not None and not isinstance(error, LostError):
+                meeting.fail(f"{type(error).__name__}: {error}", None)
+            raise
         finally:
-            self.log.close()
-            if spool is not None:
-                spool.close()
+            if meeting is not None:
+                meeting.close()
+            clean()
 
-    def _give_up(self, wire: str) -> Iterator[tuple[str, int, bytes]]:
-        """End for a reason that a further attempt cannot cure.
+    def _give_up(self, error: KindlingError, meeting: Meeting | None) -> Iterator[tuple[str, int, bytes]]:
+        """End, for a reason that a further attempt cannot cure unless it is a full disk.
 
-        After the meeting every worker ends by itself and the reason is a row of the result: nothing is tried again. A
-        worker that fails before it must fail its task, so that Spark stops those that wait for it.
+        Those who are told of it, at the meeting or by the driver, end by themselves, and the reason is a row of the
+        result: nothing is tried again. Otherwise the task must fail, so that Spark stops those that wait for it.
         """
+        wire = to_wire(error)
         self.log.emit("error", wire=wire)
-        if not self.met:
+        curable = isinstance(error, StorageError) and not self.met
+        if meeting is not None:
+            meeting.fail(str(error), None if curable else wire)
+        if curable or not (self.met or (meeting is not None and meeting.on_line)):
             raise RuntimeError(wire)
         yield "error", 0, wire.encode()
 
-    def _train(self, spool: Any) -> Iterator[tuple[str, int, bytes]]:
+    def _train(self, spool: Any, meeting: Meeting) -> Iterator[tuple[str, int, bytes]]:
         import torch.distributed as dist
 
         from kindling.train.feed import Feed
-        from kindling.train.spool import TRAIN, VALIDATION
+        from kindling.train.spool import TRAIN, VALIDATION, told
         from kindling.train.strategies import Comms, GroupComms, SharedMemoryComms, SoloComms
 
         spec = self.spec
-        feed, validation = Feed(spool.rows(TRAIN)), Feed(spool.rows(VALIDATION))
+        feed, validation = (Feed(told(spool.rows(stream), meeting.beat)) for stream in (TRAIN, VALIDATION))
         place = _visible(spec)
-        store, meeting = self._meet(spool, feed, validation, place is not None)
-        self.log.attempt = meeting.attempt
-        self.log.emit("met", host=meeting.host, attempt=meeting.attempt, rows=len(feed))
-        if not meeting.directory_seen:
+        if place is None and spec.listener is not None and spec.run_directory is not None:
+            from kindling.train.remote import RemotePlace
+
+            place = RemotePlace(spec.run_directory, spec.listener)
+            if spec.directory_asked:
+                text = f"{spec.run_directory} is not seen from here: what is kept there goes through the driver."
+                self.log.emit("warning", text=text)
+        store, plan = self._meet(meeting, spool, feed, validation, place)
+        self.log.attempt = plan.attempt
+        meeting.enter(TRAINING)
+        self.log.emit("met", host=plan.host, attempt=plan.attempt, rows=len(feed))
+        if not plan.directory_seen:
             if self.rank == 0 and spec.directory_asked:
                 self.log.emit(
                     "warning", text=f"not every worker can see {spec.run_directory}: no checkpoints are kept."
@@ -151,25 +185,35 @@ class _Worker:
             # 2.13): its connections then stay open, and the others wait a minute for a worker that has given up.
             import torch._dynamo  # noqa: F401
 
-            _use_interface(meeting.host)
+            _use_interface(plan.host)
+            # Over its line to the driver a worker hears who is lost: waiting for a slow one is no fault then.
+            patience_s = _A_DAY_S if meeting.on_line else spec.timeout_s
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore(f"attempt-{meeting.attempt}", store),  # type: ignore[attr-defined]
+                store=dist.PrefixStore(f"attempt-{plan.attempt}", store),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=spec.workers,
-                timeout=timedelta(seconds=spec.collective_timeout_s),
+                timeout=timedelta(seconds=patience_s),
             )
         comms: Comms = SoloComms()
         try:
             if spec.workers > 1:
-                shared = SharedMemoryComms.open(store) if meeting.one_machine else None
+                shared = SharedMemoryComms.open(store) if plan.one_machine else None
                 comms = shared or GroupComms()
             # gloo may connect only now; a worker that stopped before would keep the others trying for a minute.
             comms.meet()
-            yield from self._report(self._loop(feed, validation, meeting, comms, store, place), meeting, place)
-            comms.meet()  # nobody leaves while another still needs the store
+            report = self._report(self._loop(feed, validation, plan, comms, store, place), plan, place)
+            if meeting.on_line:
+                for kind, part, data in report:
+                    meeting.deliver(kind, part, data)
+                meeting.all_gather("finish", "")  # from here on the driver has everything
+            else:
+                yield from report
+                comms.meet()  # nobody leaves while another still needs the store
         except KindlingError as error:
             _leave_word(store, to_wire(error), self.rank, comms)
+            raise
+        except LostError:
             raise
         except RuntimeError as error:
             # A broken connection: another worker died (Spark starts us all again) or left word of what it met.
@@ -177,40 +221,35 @@ class _Worker:
             found = from_text(word) if word else None
             if found is not None:
                 raise found from None
-            raise RuntimeError(f"worker {self.rank} of {spec.workers} lost its group: {error}") from error
+            why = meeting.why_lost() or f"worker {self.rank} of {spec.workers} lost its group: {error}"
+            raise LostError(why) from error
         finally:
             comms.close()
             if dist.is_initialized():
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
 
-    def _meet(self, spool: Any, feed: Any, validation: Any, sees: bool) -> tuple[Any, _Meeting]:
-        """The one meeting through Spark: addresses, counts, and whether anybody has bad news."""
-        from pyspark import BarrierTaskContext
-
+    def _meet(self, meeting: Meeting, spool: Any, feed: Any, validation: Any, place: Place | None) -> tuple[Any, _Plan]:
+        """The one meeting: addresses, counts, and whether anybody has bad news."""
         from kindling.train.strategies.shared_memory import host_token
 
-        context = BarrierTaskContext.get()
-        host = context.getTaskInfos()[self.rank].address.rpartition(":")[0] or "127.0.0.1"
-        store, port = _open_store(self.rank, host, self.spec.workers)
+        store, port = _open_store(self.rank, meeting, self.spec.workers)
         attempt = 0
-        if self.rank == 0 and sees:
-            place = _visible(self.spec)
-            assert place is not None
+        if self.rank == 0 and place is not None:
             attempt = sum(1 for name in place.list("attempts") if name.endswith(".json"))
-            place.write(f"attempts/{attempt}.json", json.dumps({"unix_s": time.time(), "host": host}).encode())
+            place.write(f"attempts/{attempt}.json", json.dumps({"unix_s": time.time(), "host": meeting.host}).encode())
         mine = {
-            "host": host,
+            "host": meeting.host,
             "port": port,
             "counts": feed.counts().tolist(),
             "validation": len(validation),
             "notes": spool.notes,
             "classes": _classes_seen(feed, self.spec) if self.spec.classes else [],
-            "sees": sees,
+            "sees": place is not None,
             "attempt": attempt,
             "machine": host_token(),
         }
-        everyone = [json.loads(text) for text in context.allGather(json.dumps(mine))]
+        everyone = [json.loads(text) for text in meeting.all_gather("meet", json.dumps(mine))]
         self.met = True
         for note in (note for one in everyone for note in one["notes"]):
             if "fatal" in note:
@@ -224,7 +263,7 @@ class _Worker:
                 f"all {int(counts_V.sum()):,} rows are of one class ({seen[0]!r}), so there is nothing to tell apart. "
                 "Is the label column the right one, and the data unfiltered?"
             )
-        meeting = _Meeting(
+        plan = _Plan(
             host=everyone[0]["host"],
             port=everyone[0]["port"],
             counts_V=counts_V,
@@ -235,11 +274,11 @@ class _Worker:
             one_machine=bool(mine["machine"]) and len({one["machine"] for one in everyone}) == 1,
         )
         if store is None and self.spec.workers > 1:
-            store = _join_store(meeting.host, meeting.port, self.spec.workers, self.spec.meeting_timeout_s)
-        return store, meeting
+            store = _join_store(plan.host, plan.port, self.spec.workers)
+        return store, plan
 
     def _loop(
-        self, feed: Any, validation: Any, meeting: _Meeting, comms: Any, store: Any, place: Place | None
+        self, feed: Any, validation: Any, plan: _Plan, comms: Any, store: Any, place: Place | None
     ) -> tuple[Any, Any]:
         import cloudpickle
 
@@ -267,7 +306,7 @@ class _Worker:
                 Checkpoints(epochs=spec.loop.checkpoint_every, keep=spec.loop.checkpoints_kept),
                 rank=self.rank,
                 world=comms.world,
-                attempt=meeting.attempt,
+                attempt=plan.attempt,
                 on_event=partial(_tell, self.log, place),
             )
         loop = Loop(
@@ -280,14 +319,14 @@ class _Worker:
             loss=code.loss,
             schedule=code.schedule,
             feed=feed,
-            counts_V=meeting.counts_V,
+            counts_V=plan.counts_V,
             frozen=spec.frozen,
             hooks=_Hooks(self.log, writer, comms, spec),
-            validation=validation if meeting.validation_rows else None,
+            validation=validation if plan.validation_rows else None,
             classes=spec.classes,
         )
         restored = None
-        if place is not None and meeting.attempt > 0:
+        if place is not None and plan.attempt > 0:
             restored = self._agree_on_checkpoint(place, comms)
         try:
             history = loop.run(restored.states[self.rank] if restored else None)
@@ -320,20 +359,18 @@ class _Worker:
                 return mine
             unread |= {step for step in steps if step > min(newest)}
 
-    def _report(
-        self, trained: tuple[Any, Any], meeting: _Meeting, place: Place | None
-    ) -> Iterator[tuple[str, int, bytes]]:
+    def _report(self, trained: tuple[Any, Any], plan: _Plan, place: Place | None) -> Iterator[tuple[str, int, bytes]]:
         from safetensors.torch import save
 
         module, history = trained
         state = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
         blob = save(state)
         report = {
-            "attempt": meeting.attempt,
+            "attempt": plan.attempt,
             "history": history,
-            "rows": int(meeting.counts_V.sum()),
+            "rows": int(plan.counts_V.sum()),
             "sha256": hashlib.sha256(blob).hexdigest(),
-            "notes": meeting.notes,
+            "notes": plan.notes,
             "pid": os.getpid(),
         }
         self.log.emit("finish", sha256=report["sha256"])
@@ -417,24 +454,61 @@ def _classes_seen(feed: Any, spec: WorkerSpec) -> list[int]:
     return [int(value) for value in np.unique(values)[:2]] if len(values) else []
 
 
-def _open_store(rank: int, host: str, workers: int) -> tuple[Any, int]:
-    """Rank 0's rendezvous store on a free port; nothing on the others."""
+def _come(spec: WorkerSpec, rank: int, clean: Callable[[], None]) -> Meeting:
+    """Take this worker's seat at the driver's table, or stand in Spark's barrier."""
+    from pyspark import BarrierTaskContext, TaskContext
+
+    context = TaskContext.get()
+    host = None
+    if isinstance(context, BarrierTaskContext):
+        host = context.getTaskInfos()[rank].address.rpartition(":")[0].strip("[]") or None
+        if spec.listener is None:
+            return BarrierMeeting(host or "127.0.0.1", context.allGather)
+    assert spec.listener is not None
+    assert context is not None
+    host = host or os.environ.get("SPARK_LOCAL_IP") or os.environ.get("SPARK_LOCAL_HOSTNAME")
+    return TableMeeting(
+        spec.listener,
+        rank=rank,
+        task=int(context.taskAttemptId()),
+        host=host,
+        silence_s=silence_s(spec.timeout_s),
+        clean=clean,
+    )
+
+
+def _open_store(rank: int, meeting: Meeting, workers: int) -> tuple[Any, int]:
+    """Rank 0's rendezvous store, on this worker's own interface and a free port; nothing on the others."""
     if rank != 0 or workers == 1:
         return None, 0
     import torch.distributed as dist
 
+    # Left to itself the store listens on every interface of the host.
+    server = _bound(meeting.host, meeting.own_host, workers)
+    port = server.getsockname()[1]
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        host, 0, workers, is_master=True, wait_for_workers=False
+        meeting.host, port, workers, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()
     )
-    return store, store.port
+    return store, port
 
 
-def _join_store(host: str, port: int, workers: int, timeout_s: float) -> Any:
+def _bound(host: str, own_host: str, workers: int) -> socket.socket:
+    """A listening socket at `host`, or at `own_host` where that name is not this machine's own but its container's."""
+    for name in dict.fromkeys((host, own_host)):
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        try:
+            return socket.create_server((name, 0), family=family, backlog=max(128, workers))
+        except OSError as error:
+            problem = error
+    raise StorageError(f"worker 0 cannot listen at {host} or {own_host}: {problem}.")
+
+
+def _join_store(host: str, port: int, workers: int) -> Any:
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    wait = timedelta(seconds=timeout_s)
+    wait = timedelta(seconds=_JOIN_S)
     return dist.TCPStore(host, port, workers, is_master=False, timeout=wait)  # type: ignore[attr-defined]
 
 
