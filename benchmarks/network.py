@@ -8,32 +8,47 @@ delay comes from a relay in user space; the case measures what the relay itself 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs
 from benchmarks.harness import Bench, BenchmarkError, Case, Target, run_together
-from benchmarks.links import Link, missing, network
+from benchmarks.links import Link, Network, missing, network
 
-VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {"averaging": ({"every": 16},)}
+VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "allreduce": ({}, {"compression": "bf16"}, {"compression": "powersgd"}),
+    "averaging": ({"every": 16},),
+    "diloco": ({"every": 25},),
+    "downpour": ({"push_every": 16, "fetch_every": 16},),
+}
 """Settings to try of a registered strategy; one that is not named here runs with its own defaults."""
+SGD: Mapping[str, float] = {"lr": 0.1, "momentum": 0.9}
+OWN_SGD: Mapping[str, Mapping[str, float]] = {"threshold": {"lr": 0.1, "momentum": 0.0}}
+"""Where a strategy needs another optimizer: what a threshold holds back comes late, and momentum sends it twice."""
 
 _PORT = 29400  # in a namespace of its own nobody else can have it
 
 
-def trials() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every strategy in the registry, by the name it has in the figures: (registered name, settings).
+def trials() -> dict[str, tuple[str, dict[str, Any], dict[str, float]]]:
+    """Every strategy in the registry, by the name it has in the figures: (registered name, settings, SGD's settings).
 
     >>> trials()["averaging every=16"]
-    ('averaging', {'every': 16})
+    ('averaging', {'every': 16}, {'lr': 0.1, 'momentum': 0.9})
     """
     from kindling.train.strategies import STRATEGIES
 
     return {
-        " ".join([kind, *(f"{name}={value}" for name, value in settings.items())]): (kind, dict(settings))
+        " ".join([kind, *(f"{name}={value}" for name, value in settings.items())]): (
+            kind,
+            dict(settings),
+            dict(OWN_SGD.get(kind, SGD)),
+        )
         for kind in STRATEGIES
         for settings in VARIANTS.get(kind, ({},))
     }
@@ -48,33 +63,39 @@ def run(bench: Bench) -> None:
         for workers, links in bench["links"].items():
             for link in (Link(**settings) for settings in links):
                 measure(bench, arrays, int(workers), link, number)
-        for link in (Link(**settings) for settings in bench["sums_only"]):
-            measure(bench, arrays, 2, link, number, only_sums=True)
+        for workers, links in bench["sums_only"].items():
+            for link in (Link(**settings) for settings in links):
+                measure(bench, arrays, int(workers), link, number, only_sums=True)
+        for workers in bench["one_machine"]:
+            measure(bench, arrays, workers, None, number, only_sums=True)
     compare(bench)
 
 
-def measure(bench: Bench, arrays: Path, workers: int, link: Link, round: int, *, only_sums: bool = False) -> None:
-    """All sums and trainings of some workers over one link."""
+def measure(
+    bench: Bench, arrays: Path, workers: int, link: Link | None, round: int, *, only_sums: bool = False
+) -> None:
+    """All sums and trainings of some workers over one link, or within this machine where there is none."""
     asked = {} if only_sums else trials()
     common = {
-        **{name: bench[name] for name in ("batch_size", "lr", "target", "limit_s", "sizes", "repeats")},
+        **{name: bench[name] for name in ("batch_size", "target", "limit_s", "sizes", "repeats")},
         "world": workers,
-        "port": _PORT,
+        "port": _PORT if link else _free_port(),
         "threads": 1,
-        "interface": "eth0",
+        "interface": "eth0" if link else "lo",
+        "shared": link is None,
         "arrays": str(arrays),
         "seed": bench.seed + round,
         "trials": asked,
     }
-    with network(workers, link) as net:
+    with network(workers, link) if link else contextlib.nullcontext(within(workers)) as net:
         specs = [{**common, "rank": rank, "host": net.addresses[0]} for rank in range(workers)]
         limit_s = 60 + 2 * bench["limit_s"] * (1 + len(asked))
         answers = run_together("network_worker", specs, prefixes=net.prefixes, timeout_s=limit_s)
         relay_cpu_s = net.relay_cpu_s()
-    where = f"{workers} workers, {link.name}"
+    where = f"{workers} workers, {link.name if link else 'one machine'}"
     sums = {size["bytes"]: statistics.median(size["seconds"]) for size in answers[0]["sums"]}
     largest = max(sums)
-    told = {"workers": workers, "rate_bit_s": link.rate_bit_s, "delay_s": link.delay_s, "relay": link.relay}
+    told: dict[str, Any] = {"workers": workers, **(asdict(link) if link else {"one_machine": True})}
     name = f"{where}: a sum of {largest / 2**20:g} MiB"
     bench.record(name, sums[largest], "s", round=round, sums=list(sums.items()), relay_cpu_s=relay_cpu_s, **told)
     for trial in asked:
@@ -90,6 +111,17 @@ def measure(bench: Bench, arrays: Path, workers: int, link: Link, round: int, *,
         bench.record(f"{where}: {trial}", seconds, "s to target", round=round, trial=trial, **details, **spent, **told)
         megabytes = statistics.mean(one["bytes_sent"] for one in mine) / 1e6
         bench.record(f"{workers} workers, {trial}: sent by each", megabytes, "MB to target", round=round)
+
+
+def within(workers: int) -> Network:
+    """This machine's loopback, where nothing needs to be made."""
+    return Network(("127.0.0.1",) * workers, ((),) * workers)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def compare(bench: Bench) -> None:
@@ -167,31 +199,38 @@ CASE = Case(
             "train_rows": 256,
             "test_rows": 64,
             "batch_size": 32,
-            "lr": 0.1,
             "target": 0.2,
             "limit_s": 1.0,
             "sizes": [1 << 16],
             "repeats": 1,
             "links": {"2": _links((1e9, 0.005))},
-            "sums_only": [],
+            "sums_only": {},
+            "one_machine": [2],
         },
         "full": {
             "train_rows": 6400,
             "test_rows": 5000,
             "batch_size": 64,
-            "lr": 0.1,
-            "target": 0.90,
-            "limit_s": 100.0,
+            "target": 0.88,
+            "limit_s": 60.0,
             "sizes": [1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24],
             "repeats": 3,
             "links": {
                 "2": _links((1e10, 0.0), (1e9, 0.0), (1e8, 0.0), (1e8, 0.02)),
-                "4": _links((1e9, 0.0), (1e8, 0.0)),
+                "4": _links((1e8, 0.0)),
             },
-            "sums_only": [{"rate_bit_s": 1e9, "relay": True}],
+            "sums_only": {
+                "2": [{"rate_bit_s": 1e9, "relay": True}],
+                "3": _links((1e9, 0.0), (1e8, 0.02)),
+                "4": _links((1e10, 0.0), (1e9, 0.0)),
+            },
+            "one_machine": [2, 4],
         },
     },
-    targets=(Target(value="2 workers, 100 Mbit/s: allreduce / averaging every=16", at_least=5),),
+    targets=(
+        Target(value="2 workers, 100 Mbit/s: allreduce / averaging every=16", at_least=5),
+        Target(value="2 workers, 100 Mbit/s: allreduce / diloco every=25", at_least=5),
+    ),
     rounds=1,
     draw=draw,
 )

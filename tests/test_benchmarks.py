@@ -177,8 +177,8 @@ def test_every_strategy_is_tried_on_slow_networks(run: Any) -> None:
     from kindling.train.strategies import STRATEGIES
 
     tried = importlib.import_module("benchmarks.network").trials()
-    assert {kind for kind, _ in tried.values()} == set(STRATEGIES)
-    for kind, settings in tried.values():
+    assert {kind for kind, *_ in tried.values()} == set(STRATEGIES)
+    for kind, settings, _ in tried.values():
         STRATEGIES[kind](**settings)  # settings that it has
 
 

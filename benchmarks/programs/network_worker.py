@@ -22,9 +22,11 @@ class _Ended(Exception):
 
 
 def main() -> None:
-    """Spec: rank, world, host, port, threads, arrays, batch_size, lr, target, limit_s, seed, sizes, repeats, trials.
+    """Spec: rank, world, host, port, interface, shared, threads, arrays, batch_size, target, limit_s, seed, sizes,
+    repeats, trials.
 
-    `trials` maps a name to (strategy as registered, its settings). Answers `sums` (bytes, seconds) and `trials`.
+    `shared`: sum through memory, as workers of one machine do. `trials` maps a name to (strategy as registered, its
+    settings, the settings of SGD). Answers `sums` (bytes, seconds) and `trials`.
     """
     asked = spec()
     from kindling.threads import settle
@@ -35,7 +37,7 @@ def main() -> None:
 
     import torch.distributed as dist
 
-    from kindling.train.strategies import GroupComms
+    from kindling.train.strategies import GroupComms, SharedMemoryComms
 
     store = dist.TCPStore(
         asked["host"], asked["port"], asked["world"], asked["rank"] == 0, timedelta(seconds=60), wait_for_workers=False
@@ -43,22 +45,23 @@ def main() -> None:
     dist.init_process_group(
         "gloo", store=store, rank=asked["rank"], world_size=asked["world"], timeout=timedelta(seconds=120)
     )
-    GroupComms().meet()
+    comms = SharedMemoryComms.open(store) if asked["shared"] else GroupComms()
+    assert comms is not None
+    comms.meet()
     wait_for_go()
-    sums = [{"bytes": size, "seconds": time_sums(size, asked["repeats"])} for size in asked["sizes"]]
+    sums = [{"bytes": size, "seconds": time_sums(comms, size, asked["repeats"])} for size in asked["sizes"]]
     trials = {name: train(asked, *how) for name, how in asked["trials"].items()}
-    GroupComms().meet()
+    comms.meet()
+    comms.close()
     dist.destroy_process_group()
     answer({"sums": sums, "trials": trials})
 
 
-def time_sums(size: int, repeats: int) -> list[float]:
+def time_sums(comms: Any, size: int, repeats: int) -> list[float]:
     """Seconds of each of several sums of `size` bytes over the workers, after one that is not counted."""
     import torch
 
-    from kindling.train.strategies import GroupComms
-
-    comms, tensor, seconds = GroupComms(), torch.ones(size // 4), []
+    tensor, seconds = torch.ones(size // 4), []
     for repeat in range(repeats + 1):
         comms.meet()
         began = time.perf_counter()
@@ -69,7 +72,7 @@ def time_sums(size: int, repeats: int) -> list[float]:
     return seconds
 
 
-def train(asked: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def train(asked: Mapping[str, Any], kind: str, settings: Mapping[str, Any], sgd: Mapping[str, float]) -> dict[str, Any]:
     """One training: whether and when the target was reached, with bytes, steps, where the time went, and the curve."""
     import functools
 
@@ -97,7 +100,7 @@ def train(asked: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> d
     hooks = Watch(comms, asked["target"], asked["limit_s"])
     loop = Loop(
         settings=LoopSettings(epochs=10_000, batch_size=asked["batch_size"], seed=asked["seed"]),
-        replica=Replica.of(model.module, functools.partial(torch.optim.SGD, lr=asked["lr"], momentum=0.9)),
+        replica=Replica.of(model.module, functools.partial(torch.optim.SGD, **sgd)),
         strategy=STRATEGIES[kind](**settings),
         comms=comms,
         signature=model.signature,
@@ -110,8 +113,11 @@ def train(asked: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> d
         validation=validation,
         classes=10,
     )
-    with contextlib.suppress(_Ended):
-        loop.run()
+    try:
+        with contextlib.suppress(_Ended):
+            loop.run()
+    finally:
+        comms.close()
     steps = -(-int(counts_V.sum()) // (asked["batch_size"] * comms.world))
     sha = mix(np.array([math.floor(1e6 * float(p.detach().double().sum())) for p in model.module.parameters()]), 1)
     return {**hooks.result(), "steps_per_epoch": steps, "weights": [str(number) for number in sha]}

@@ -8,10 +8,25 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from kindling import threads
 from kindling.errors import StorageError
-from kindling.train.spool import TRAIN, VALIDATION, Spool, content_sum, data_fingerprint, to_blob
+from kindling.prepare import ArrayStep, Preparation, ValueStep
+from kindling.train.order import owner_of, shard_of
+from kindling.train.spool import (
+    HASH,
+    TRAIN,
+    VALIDATION,
+    PackSpec,
+    Spool,
+    content_sum,
+    data_fingerprint,
+    pack_rows,
+    to_batch,
+    to_blob,
+)
 
 SPEC = {"image": ("uint8", (2, 3)), "label": ("int64", ())}
 
@@ -31,8 +46,8 @@ def test_rows_come_back_as_they_went() -> None:
     spool = Spool("r", SPEC)
     parts = [_part(rows, seed) for seed, rows in enumerate((5, 0, 1, 30))]
     for arrays, hashes in parts:
-        spool.add(TRAIN, to_blob(arrays, hashes), None)
-    spool.add(VALIDATION, to_blob(*_part(4, 9)), None)
+        spool.add(TRAIN, to_blob([to_batch(arrays, hashes)]), None)
+    spool.add(VALIDATION, to_blob([to_batch(*_part(4, 9))]), None)
     spool.add(TRAIN, b"", '{"broken": 2, "examples": []}')
     rows = spool.rows(TRAIN)
     assert len(rows) == 36
@@ -104,5 +119,36 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool("r", SPEC)
     monkeypatch.setattr(spool, "_path", lambda stream, name: Path("/dev/full"))
     with pytest.raises(StorageError, match="could not be spooled"):
-        spool.add(TRAIN, to_blob(*_part(5, 0)), None)
+        spool.add(TRAIN, to_blob([to_batch(*_part(5, 0))]), None)
     spool.close()
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 40], ids=lambda rows: f"{rows} rows a batch")
+@pytest.mark.parametrize("width", [3, 30_000], ids=["narrow", "wide"])
+def test_packed_rows_reach_their_worker_whole_however_they_were_batched(
+    batch_rows: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "settle", lambda n: None)  # a worker of its own sets its threads; this is not one
+    rng = np.random.default_rng(width)
+    values, hashes = rng.random((40, width), np.float32), rng.integers(0, 2**64, 40, np.uint64)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+    table = pa.table({"x": lists, "y": pa.array(np.arange(40.0)), HASH: pa.array(hashes.view(np.int64))})
+    preparation = Preparation((ArrayStep("x", "x", (width,)),), (ValueStep("target", "y", ()),))
+    spec = PackSpec(
+        preparation=preparation.to_json(), prefix=None, routes=(10, 11, 12), stream=TRAIN, drop_broken=False
+    )
+    spools = {key: Spool("r", preparation.packed_spec(targets=True)) for key in spec.routes}
+    for packed in pack_rows(spec, iter(table.to_batches(max_chunksize=batch_rows))):
+        packed.validate(full=True)
+        for key, blob, notes in zip(*(packed.column(name) for name in ("key", "blob", "notes")), strict=True):
+            spools[key.as_py()].add(TRAIN, blob.as_buffer(), notes.as_py())
+    seen: list[int] = []
+    for worker, key in enumerate(spec.routes):
+        rows = spools[key].rows(TRAIN)
+        assert set(owner_of(shard_of(rows.hashes), 3)) <= {worker}
+        numbers = rows.columns["target"].astype(int).tolist()
+        np.testing.assert_array_equal(rows.hashes, hashes[numbers])
+        np.testing.assert_array_equal(rows.columns["x"], values[numbers])
+        seen += numbers
+        spools[key].close()
+    assert sorted(seen) == list(range(40))

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ TRAIN, VALIDATION = 0, 1
 _STREAMS = {TRAIN: "training data", VALIDATION: "validation data"}
 _FLUSH_BYTES = 32 << 20
 _EXAMPLES = 5
+_PART_BYTES = 64 << 10
 
 PackedSpec = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -224,37 +225,72 @@ class _Outbox:
             yield from self.rest()
 
     def rest(self) -> Iterator[pa.RecordBatch]:
-        rows: list[tuple[int, int, str | None, bytes]] = []
+        rows: list[tuple[int, int, str | None]] = []
+        blobs: list[list[pa.RecordBatch]] = []
         for worker, parts in sorted(self._parts.items()):
-            arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
-            hashes = np.concatenate([part[1] for part in parts])
-            rows.append((self._spec.routes[worker], len(hashes), None, to_blob(arrays, hashes)))
-        rows += [(self._spec.routes[0], 0, json.dumps(note), b"") for note in self._notes]
+            rows.append((self._spec.routes[worker], sum(len(hashes) for _, hashes in parts), None))
+            blobs.append([to_batch(arrays, hashes) for arrays, hashes in _no_crumbs(parts)])
+        for note in self._notes:
+            rows.append((self._spec.routes[0], 0, json.dumps(note)))
+            blobs.append([])
         self._parts, self._bytes, self._notes = {}, 0, []
         if rows:
-            keys, counts, notes, blobs = zip(*rows, strict=True)
+            keys, counts, notes = zip(*rows, strict=True)
             streams = [self._spec.stream] * len(rows)
-            yield pa.RecordBatch.from_arrays(
-                [
-                    pa.array(column, kind.type)
-                    for column, kind in zip((keys, streams, counts, notes, blobs), _ARROW_SCHEMA, strict=True)
-                ],
-                schema=_ARROW_SCHEMA,
-            )
+            columns = [
+                pa.array(column, kind.type)
+                for column, kind in zip((keys, streams, counts, notes), _ARROW_SCHEMA, strict=False)
+            ]
+            yield pa.RecordBatch.from_arrays([*columns, _written(blobs)], schema=_ARROW_SCHEMA)
 
 
-def to_blob(arrays: Mapping[str, np.ndarray], hashes: np.ndarray) -> bytes:
-    """Rows as one Arrow IPC stream: a fixed-size binary column per packed column, and the hashes."""
+def _no_crumbs(parts: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """The parts, or one of all where they are small: each is a record batch, which has a price of its own."""
+    if sum(array.nbytes for arrays, _ in parts for array in arrays.values()) >= len(parts) * _PART_BYTES:
+        return parts
+    arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
+    return [(arrays, np.concatenate([part[1] for part in parts]))]
+
+
+def to_batch(arrays: Mapping[str, np.ndarray], hashes: np.ndarray) -> pa.RecordBatch:
+    """Rows as Arrow: a fixed-size binary column per packed column, and the hashes; over the arrays' own memory."""
     columns: dict[str, pa.Array] = {HASH: pa.array(hashes.view(np.int64))}
     for name, array in arrays.items():
         width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
         data = pa.py_buffer(np.ascontiguousarray(array))
         columns[name] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, data])
-    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue().to_pybytes())
+    return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+
+
+def to_blob(batches: Sequence[pa.RecordBatch]) -> pa.Buffer:
+    """Record batches of one worker as an Arrow IPC stream.
+
+    >>> rows = to_batch({"x": np.arange(3)}, np.arange(3, dtype=np.uint64))
+    >>> [len(batch) for batch in pa.ipc.open_stream(to_blob([rows, rows]))]
+    [3, 3]
+    """
+    return _written([batches])[0].as_buffer()
+
+
+def _written(blobs: Sequence[Sequence[pa.RecordBatch]]) -> pa.Array:
+    """A binary column of IPC streams, each row's bytes copied once, into memory of the right size. None: no bytes."""
+    size = pa.MockOutputStream()
+    ends = [0]
+    for batches in blobs:
+        _write(size, batches)
+        ends.append(size.tell())
+    data = pa.allocate_buffer(ends[-1])
+    sink = pa.FixedSizeBufferWriter(data)
+    for batches in blobs:
+        _write(sink, batches)
+    return pa.Array.from_buffers(pa.binary(), len(blobs), [None, pa.py_buffer(np.array(ends, np.int32)), data])
+
+
+def _write(sink: pa.NativeFile, batches: Sequence[pa.RecordBatch]) -> None:
+    if batches:
+        with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +355,10 @@ class Spool:
             self.notes.append({**json.loads(notes), "stream": stream})
         if not len(blob):
             return
-        batch = pa.ipc.open_stream(pa.py_buffer(blob)).read_next_batch()
+        for batch in pa.ipc.open_stream(pa.py_buffer(blob)):
+            self._append(stream, batch)
+
+    def _append(self, stream: int, batch: pa.RecordBatch) -> None:
         self._hashes[stream].append(np.asarray(batch.column(HASH)).view(np.uint64).copy())
         for name in self._spec:
             column = batch.column(name)
