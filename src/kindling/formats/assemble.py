@@ -64,6 +64,7 @@ class Assembly:
         self._graph = fx.Graph()
         self._names: set[str] = set()
         self._inputs: dict[str, TensorSpec] = {}
+        self._twins: dict[str, nn.Module] = {}
 
     def input(self, name: str, row: Sequence[int], dtype: str = "float32") -> Wire:
         """A tensor that the net is given; `row` is its shape without the batch axis."""
@@ -94,7 +95,20 @@ class Assembly:
         node = self._graph.create_node("call_module", unique, tuple(wire.node for wire in inputs), {}, name=unique)
         node.target = node.name  # should fx have found the name unfit, both have the same one
         self._root.add_module(node.name, module)
+        self._twins[node.name] = twin
         return Wire(node, self._meta(name, lambda: twin(*(wire.value for wire in inputs))))
+
+    def again(self, name: str, first: Wire, *inputs: Wire) -> Wire:
+        """A layer that is there already, given something else: the weights are shared.
+
+        Args:
+            first: what `layer` returned for it.
+        """
+        target = str(first.node.target)
+        node = self._graph.create_node(
+            "call_module", target, tuple(wire.node for wire in inputs), {}, name=self._name(name)
+        )
+        return Wire(node, self._meta(name, lambda: self._twins[target](*(wire.value for wire in inputs))))
 
     def call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Wire:
         """A function of wires and plain values; one that graphs may hold (`kindling.graph.FUNCTIONS`)."""

@@ -22,7 +22,7 @@ from kindling.signature import Signature
 if TYPE_CHECKING:
     from torch import nn
 
-READERS: tuple[str, ...] = ("dl4j", "h2o", "caffe", "bigdl")
+READERS: tuple[str, ...] = ("dl4j", "h2o", "caffe", "bigdl", "keras", "tensorflow", "tflite")
 """Modules of this package that read whole models, the pickier first."""
 HEAD_BYTES = 4096
 
@@ -94,7 +94,7 @@ def names() -> list[str]:
     """What the formats are called.
 
     >>> names()
-    ['Deeplearning4j', 'H2O MOJO', 'Caffe', 'BigDL']
+    ['Deeplearning4j', 'H2O MOJO', 'Caffe', 'BigDL', 'Keras', 'TensorFlow', 'TensorFlow Lite']
     """
     return [reader.NAME for reader in readers()]
 

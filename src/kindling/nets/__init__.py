@@ -31,6 +31,7 @@ from kindling.formats.weights import SAME_NAMES
 from kindling.nets import layers_caffe as layers_caffe  # graphs that are read again find its layers
 from kindling.nets import layers_dl4j as layers_dl4j
 from kindling.nets import layers_h2o as layers_h2o
+from kindling.nets import layers_keras as layers_keras
 from kindling.nets.vision import (
     MOBILENET_STAGES,
     SQUEEZENET_FIRES,
