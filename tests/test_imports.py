@@ -20,6 +20,7 @@ MODULES = sorted(
 
 NO_SPARK = (
     "errors",
+    "randomness",
     "signature",
     "threads",
     "evaluate",
@@ -33,6 +34,7 @@ NO_SPARK = (
     "formats",
     "train.strategies",
     "train.order",
+    "train.callbacks",
     "train.line",
     "train.table",
     "train.meeting",

@@ -15,10 +15,12 @@ _HOME = {
     "DiLoCo": "kindling.train.strategies",
     "Downpour": "kindling.train.strategies",
     "EarlyStopping": "kindling.train.settings",
+    "Event": "kindling.train.events",
     "Model": "kindling.model",
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
     "Report": "kindling.evaluate",
+    "StopTraining": "kindling.train.callbacks",
     "ThresholdSharing": "kindling.train.strategies",
     "errors": "kindling.errors",
     "labels": "kindling.read",
@@ -36,10 +38,12 @@ __all__ = [
     "DiLoCo",
     "Downpour",
     "EarlyStopping",
+    "Event",
     "Model",
     "ParameterAveraging",
     "Preparation",
     "Report",
+    "StopTraining",
     "ThresholdSharing",
     "__version__",
     "errors",
@@ -61,6 +65,8 @@ if TYPE_CHECKING:
     from kindling.prepare import Preparation
     from kindling.read import labels, split
     from kindling.session import spark
+    from kindling.train.callbacks import StopTraining
+    from kindling.train.events import Event
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import AllReduce, DiLoCo, Downpour, ParameterAveraging, ThresholdSharing
 

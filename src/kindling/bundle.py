@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from kindling import __version__, graph
 from kindling.errors import ConfigError, FormatError, KindlingError, ModelError, StorageError
 from kindling.prepare import Preparation
+from kindling.randomness import borrowed
 from kindling.signature import Signature, TensorSpec
 from kindling.storage import Place, open_place
 
@@ -282,7 +283,7 @@ def _class_record(module: nn.Module, cut: Sequence[str] = ()) -> dict[str, Any]:
     args = getattr(module, "kindling_args", None)
     args = _plain({} if args is None else dict(args), f"{cls.__qualname__}.kindling_args")
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with borrowed(), torch.device("meta"):
             again = _built(cls, args, cut)
     except Exception:  # not every constructor works without memory
         again = _built(cls, args, cut)
@@ -303,7 +304,7 @@ def _built(cls: type[nn.Module], args: Mapping[str, Any], cut: Sequence[str]) ->
     from kindling.surgery.opaque import CutAway
 
     try:
-        with torch.random.fork_rng(devices=[]):
+        with borrowed():
             module = cls(**args)
         for path in cut:
             above, _, leaf = path.rpartition(".")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kindling.evaluate import Report
     from kindling.predict.engine import Precision
     from kindling.surgery import Summary
+    from kindling.train.callbacks import Callback
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import Strategy
 
@@ -294,6 +295,7 @@ class Model:
         key: str | None = None,
         checkpoint_every: int = 1,
         timeout_s: float = 600.0,
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> Model:
         """Train on Spark; returns the trained model. A killed worker is survived: the others start again with it.
@@ -340,6 +342,9 @@ class Model:
             checkpoint_every: epochs between checkpoints.
             timeout_s: a worker without progress for so long is given up and all are started again; so long they wait,
                 too, for one that Spark has no slot for yet.
+            callbacks: functions called on the driver with every `kindling.Event` of the training, in order; one that
+                raises `kindling.StopTraining` ends it soon, and the model is what has been trained so far. Where
+                workers cannot reach the driver, events come only when the training is over.
             progress: show a progress bar.
         Raises: ConfigError, DataError, ModelError, TrainingError: what cannot work, from the driver, before or during
             the training.
@@ -382,6 +387,7 @@ class Model:
             on_error=on_error,
             key=key,
             timeout_s=timeout_s,
+            callbacks=callbacks,
             progress=progress,
         )
 

@@ -21,6 +21,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------------- files
 
+_one_at_a_time = threading.RLock()
+"""Trainings may be started from several threads; names, files and cloudpickle's registry are the whole process's."""
 _sent: dict[str, set[str]] = {}
 """Session -> names of the files it already has."""
 
@@ -70,24 +73,25 @@ def ship_file(spark: SparkSession, local_path: str | Path, name: str) -> str:
     Returns: `name`, for `locate` on the workers.
     Raises: SessionError, when Spark refuses the file.
     """
-    sent = _sent.setdefault(session_key(spark), set())
-    if name in sent:
+    with _one_at_a_time:
+        sent = _sent.setdefault(session_key(spark), set())
+        if name in sent:
+            return name
+        staged = _outbox() / name
+        if Path(local_path).resolve() != staged.resolve():
+            staged.unlink(missing_ok=True)
+            try:
+                os.link(local_path, staged)
+            except OSError:
+                shutil.copyfile(local_path, staged)
+        with translated():
+            if is_connect(spark):
+                spark.addArtifacts(str(staged), file=True)
+                staged.unlink(missing_ok=True)  # the server has its own copy now
+            else:
+                spark.sparkContext.addFile(str(staged))
+        sent.add(name)
         return name
-    staged = _outbox() / name
-    if Path(local_path).resolve() != staged.resolve():
-        staged.unlink(missing_ok=True)
-        try:
-            os.link(local_path, staged)
-        except OSError:
-            shutil.copyfile(local_path, staged)
-    with translated():
-        if is_connect(spark):
-            spark.addArtifacts(str(staged), file=True)
-            staged.unlink(missing_ok=True)  # the server has its own copy now
-        else:
-            spark.sparkContext.addFile(str(staged))
-    sent.add(name)
-    return name
 
 
 def locate(name: str) -> Path:
@@ -178,6 +182,11 @@ def ship_module(
 
     Raises: ModelError, when the module can neither be stored as a graph nor pickled.
     """
+    with _one_at_a_time:
+        return _ship_module(spark, module, dtype, channels_last)
+
+
+def _ship_module(spark: SparkSession, module: nn.Module, dtype: torch.dtype | str, channels_last: bool) -> ModuleSpec:
     import torch
     from safetensors.torch import save_file
 
@@ -346,6 +355,12 @@ def user_code_by_value() -> Iterator[None]:
 
     The user's own files are those outside the installed packages: a worker may lack them.
     """
+    with _one_at_a_time, _registered():
+        yield
+
+
+@contextmanager
+def _registered() -> Iterator[None]:
     import cloudpickle
 
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")

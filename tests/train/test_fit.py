@@ -82,6 +82,23 @@ def test_a_net_learns_and_the_original_is_untouched(spark: Any, strategy: Any) -
     assert report.loss == pytest.approx(record["epochs"][-1]["validation"]["loss"], rel=1e-5)
 
 
+def test_a_function_on_the_driver_ends_the_training(spark: Any) -> None:
+    heard: list[kd.Event] = []
+
+    def enough(event: kd.Event) -> None:
+        heard.append(event)
+        if event.kind == "epoch" and event.epoch == 3:
+            raise kd.StopTraining
+
+    trained = fit(net(), frame(spark, blobs(100)), epochs=100_000, callbacks=[enough])
+    *_, last = trained.history[-1]["epochs"]
+    assert last["stopped"] == "asked"
+    assert 3 <= last["epoch"] < 100_000
+    epochs = [event.epoch for event in heard if event.kind == "epoch" and event.rank == 0]
+    assert epochs == list(range(1, last["epoch"] + 1))
+    assert {event.rank for event in heard} == {0, 1}
+
+
 @pytest.mark.parametrize("asked", [{}, {"fused": False}, {"foreach": True}], ids=str)
 def test_one_worker_is_plain_torch(spark: Any, asked: dict[str, bool]) -> None:
     """The same rows in the same order through a loop written out here, with a fused step unless asked otherwise."""

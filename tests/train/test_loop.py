@@ -289,6 +289,14 @@ def test_who_asks_for_an_end_gets_it(world: int) -> None:
     assert len({(len(one.history), one.history[-1]["steps"]) for one in runs}) == 1
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_who_asks_in_an_epoch_is_heard_at_its_end(world: int) -> None:
+    """Without that, quick steps go by until the next question, a second later."""
+    runs = train(clouds(40 * world), world=world, epochs=100_000, stop_at=69, checkpoint_every=1000)  # 5 steps an epoch
+    assert {one.history[-1]["stopped"] for one in runs} == {"asked"}
+    assert {5 * (len(one.history) - 1) + one.history[-1]["steps"] for one in runs} <= {69, 70}
+
+
 def test_validation_every_few_epochs_and_steps() -> None:
     (trained,) = train(
         clouds(40), validation=clouds(20, 1), epochs=5, validate_every=2, validate_every_steps=3

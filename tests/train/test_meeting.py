@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -293,3 +294,11 @@ def test_a_driver_that_has_gone_is_a_storage_error(tmp_path: Path) -> None:
         place.write("a", b"1")
     with pytest.raises(StorageError, match="the driver, which keeps elsewhere, cannot be reached"):
         place.read("a")
+
+
+def test_a_wish_to_stop_reaches_a_worker_on_its_line() -> None:
+    with listening(1) as (listener, _), contextlib.closing(come(listener, 0)) as worker:
+        assert not worker.stop_asked
+        listener.stop()
+        wait(lambda: worker.stop_asked)
+        assert worker.all_gather("meet", "here") == ["here"]  # it goes on until it has agreed with the others

@@ -217,3 +217,12 @@ def test_whatever_happens_there_is_one_worker_to_a_seat_and_the_last_generation_
     assert [len(deeds) for deeds in answers] == [0] * (workers - 1) + [workers]
     assert {deed.peer for deed in answers[-1] if isinstance(deed, Send)} == set(alive.values())
     assert not any(isinstance(deed, Kill) for deed in answers[-1])
+
+
+def test_a_wish_to_stop_reaches_those_who_sit_and_those_who_come_later() -> None:
+    table = Table(2)
+    table.hello(peer=0, rank=0, task=100, now=0.0)
+    assert kinds(table.stop()) == [(0, "stop")]
+    assert kinds(table.hello(peer=1, rank=1, task=101, now=0.1)) == [(1, "seat"), (1, "stop")]
+    table.lost(peer=1, now=0.2)
+    assert kinds(table.hello(peer=2, rank=0, task=102, now=0.3)) == [(2, "seat"), (2, "stop")]

@@ -26,6 +26,7 @@ from kindling.errors import ConfigError, DataError, KindlingError, SessionError,
 from kindling.prepare import ArrayStep, Preparation, Step
 from kindling.signature import Signature
 from kindling.train import preflight, spool
+from kindling.train.callbacks import Callback, Callbacks
 from kindling.train.events import Event
 from kindling.train.listener import Listener
 from kindling.train.progress import TrainingBar
@@ -66,6 +67,7 @@ def fit(
     on_error: str,
     key: str | None,
     timeout_s: float,
+    callbacks: Sequence[Callback],
     progress: bool,
 ) -> Model:
     """Train `model` on a DataFrame; see `Model.fit` for the arguments. Returns a new Model."""
@@ -96,9 +98,10 @@ def fit(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(TrainingBar(settings.epochs, shown=progress))
         place, beacon = _run_directory(run, spark, stack)
-        desk = _Desk(bar)
         address = own_address(spark)
-        listener = None
+        listener: Listener | None = None
+        heard = stack.enter_context(Callbacks(callbacks, lambda: listener.stop() if listener else None))
+        desk = _Desk(bar, heard)
         if address:
             copies = preflight.runs_copies(spark)
             table = Table(
@@ -130,6 +133,7 @@ def fit(
             beacon=beacon,
             listener=listener.address if listener else None,
             timeout_s=timeout_s,
+            may_be_stopped=bool(callbacks) and listener is not None,
         )
         described = _describe(model, spec, code, prefix, run_name, key_columns)
         if place:
@@ -154,6 +158,9 @@ def fit(
             trained = routed.mapInArrow(work, REPORT_SCHEMA, barrier=True).repartition(1)
         launched = time.time()
         result = _collect(spark, trained, desk, listener, stack)
+        if listener is None:
+            for event in result.events:
+                heard.on_event(event)
         module = _trained_module(tail, result.weights)
         record = {
             **described,
@@ -362,12 +369,14 @@ class _Desk:
     """The driver's reader of events: shows progress and remembers the first error."""
 
     bar: TrainingBar
+    callbacks: Callbacks
     error: KindlingError | None = None
 
     def on_event(self, event: Event) -> None:
         if event.kind == "error" and self.error is None:
             self.error = from_text(str(event.data.get("wire")))
         self.bar.on_event(event)
+        self.callbacks.on_event(event)
 
 
 @dataclass(frozen=True)

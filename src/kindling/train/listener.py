@@ -76,6 +76,11 @@ class Listener:
                 for (rank, kind, part), pieces in sorted(self._results.items())
             ]
 
+    def stop(self) -> None:
+        """Ask the workers to end the training soon; they agree on the step among themselves."""
+        with self._lock:
+            self._do(self.table.stop())
+
     def _serve(self, line: Line) -> None:
         with self._lock:
             peer = next(self._names)

@@ -292,7 +292,9 @@ class Loop:
 
     def _reason_to_stop(self) -> str:
         limit = self.settings.max_steps
-        return "max_steps" if limit is not None and self._step >= limit else self._consent.reason(self._step)
+        if limit is not None and self._step >= limit:
+            return "max_steps"
+        return self._consent.reason(self._step, epoch_ends=self._progress.index == self._plan.steps)
 
     def _rows_done(self) -> int:
         """Rows of this epoch over all workers."""

@@ -106,6 +106,8 @@ class Meeting:
     """Of this machine's own interface; `host` may be a name that others know it by."""
     on_line: bool
     """Whether it has a line to the driver."""
+    stop_asked = False
+    """Whether the driver wants the training to end."""
 
     def all_gather(self, name: str, text: str) -> list[str]:
         """Everyone's text, by rank, when all have come. Each gathering of a worker has a name of its own.
@@ -286,6 +288,8 @@ class TableMeeting(Meeting):
                     with self._changed:
                         self._answers[frame[0]["name"]] = frame[0]["parts"]
                         self._changed.notify_all()
+                elif frame[0]["kind"] == "stop":
+                    self.stop_asked = True
                 else:
                     message = frame[0]
                     break

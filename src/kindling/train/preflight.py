@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kindling import ship
 from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
 from kindling.prepare import LabelStep, Preparation, Step, ValueStep
+from kindling.randomness import borrowed
 from kindling.signature import Signature
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def rehearse(
         raise ModelError(
             "no layer can learn: all are frozen, or have no weights. Use unfreeze(), or then() to add a layer."
         )
-    with torch.random.fork_rng(devices=[]):
+    with borrowed():
         batch = preparation.batch(arrays, targets=True)
         value = compute_loss(copied, signature, batch, code.loss, settings.precision)
         value.backward()  # type: ignore[no-untyped-call]

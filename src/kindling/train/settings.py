@@ -175,6 +175,8 @@ class WorkerSpec:
     """Where the workers meet; None: in Spark's barrier."""
     timeout_s: float = 600.0
     """A worker without progress for so long is given up, and all are started again."""
+    may_be_stopped: bool = False
+    """Whether the driver may ask for an end (`Listener.stop`)."""
 
 
 def silence_s(timeout_s: float) -> float:

@@ -64,9 +64,10 @@ class Consent:
         self._next, self._ahead = 0, 0
         self._last, self._last_s = 0, time.monotonic()
 
-    def reason(self, step: int) -> str:
-        """One of `REASONS`, the same on every worker."""
-        if (self._until_s is None and self._asked is None) or step < self._next:
+    def reason(self, step: int, *, epoch_ends: bool = False) -> str:
+        """One of `REASONS`, the same on every worker. At the end of an epoch nobody who asked waits for his second."""
+        due = step >= self._next or (epoch_ends and self._asked is not None)
+        if (self._until_s is None and self._asked is None) or not due:
             return ""
         now = time.monotonic()
         mine = 0

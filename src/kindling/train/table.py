@@ -86,6 +86,7 @@ class Table:
         self._seats: dict[int, _Seat] = {}
         self._bench: list[tuple[int, int, int]] = []
         self._posts: dict[str, dict[int, str]] = {}
+        self._stopping = False
         self._since = 0.0
 
     def hello(self, *, peer: int, rank: int, task: int, now: float) -> list[Deed]:
@@ -108,7 +109,13 @@ class Table:
         if not self._seats:
             self._since = now
         self._seats[rank] = _Seat(peer, task, now)
-        return [*deeds, Send(peer, {"kind": "seat", "generation": self.generation})]
+        seated = [Send(peer, {"kind": "seat", "generation": self.generation})]
+        return [*deeds, *seated, *([Send(peer, {"kind": "stop"})] if self._stopping else [])]
+
+    def stop(self) -> list[Deed]:
+        """The training is to end: those who sit are asked, and so is everyone who comes later."""
+        self._stopping = True
+        return [Send(seat.peer, {"kind": "stop"}) for seat in self._seats.values()]
 
     def post(self, *, peer: int, name: str, text: str, now: float) -> list[Deed]:
         """A worker's part of a gathering: when all parts are there, everyone gets all of them."""

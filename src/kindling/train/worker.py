@@ -202,7 +202,7 @@ class _Worker:
                 comms = shared or GroupComms()
             # gloo may connect only now; a worker that stopped before would keep the others trying for a minute.
             comms.meet()
-            report = self._report(self._loop(feed, validation, plan, comms, store, place), plan, place)
+            report = self._report(self._loop(feed, validation, plan, comms, store, place, meeting), plan, place)
             if meeting.on_line:
                 for kind, part, data in report:
                     meeting.deliver(kind, part, data)
@@ -278,7 +278,7 @@ class _Worker:
         return store, plan
 
     def _loop(
-        self, feed: Any, validation: Any, plan: _Plan, comms: Any, store: Any, place: Place | None
+        self, feed: Any, validation: Any, plan: _Plan, comms: Any, store: Any, place: Place | None, meeting: Meeting
     ) -> tuple[Any, Any]:
         import cloudpickle
 
@@ -321,7 +321,8 @@ class _Worker:
             feed=feed,
             counts_V=plan.counts_V,
             frozen=spec.frozen,
-            hooks=_Hooks(self.log, writer, comms, spec),
+            hooks=_Hooks(self.log, writer, comms, spec, meeting),
+            may_be_asked=spec.may_be_stopped,
             validation=validation if plan.validation_rows else None,
             classes=spec.classes,
         )
@@ -385,14 +386,14 @@ class _Worker:
 class _Hooks:
     """The loop's hooks on a worker: events and checkpoints."""
 
-    def __init__(self, log: EventLog, writer: Writer | None, comms: Any, spec: WorkerSpec) -> None:
-        self._log, self._writer, self._comms, self._spec = log, writer, comms, spec
+    def __init__(self, log: EventLog, writer: Writer | None, comms: Any, spec: WorkerSpec, meeting: Meeting) -> None:
+        self._log, self._writer, self._comms, self._spec, self._meeting = log, writer, comms, spec, meeting
 
     def on_event(self, kind: str, *, step: int, epoch: int, keep: bool = True, **data: Any) -> None:
         self._log.emit(kind, step=step, epoch=epoch, keep=keep, **data)
 
     def stop_asked(self) -> bool:
-        return False
+        return self._meeting.stop_asked
 
     def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
         if self._writer is not None:
