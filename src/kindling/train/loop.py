@@ -25,6 +25,7 @@ from kindling.errors import ConfigError, TrainingError, did_you_mean
 from kindling.evaluate import Tally, loss_rows, merge_all
 from kindling.prepare import Preparation
 from kindling.signature import Signature
+from kindling.train import devices
 from kindling.train.feed import Feed, Slice
 from kindling.train.losses import LossFunction, compute_loss
 from kindling.train.order import OrderPlan, mix, plan_order
@@ -120,6 +121,8 @@ class Loop:
     """This worker's rows of the validation data; None where there is none at all, on every worker."""
     classes: int | None = None
     schedule: ScheduleFactory | None = None
+    device: str = devices.CPU
+    """Where the module is and the steps are computed."""
     may_be_asked: bool = False
     """Whether `Hooks.stop_asked` is worth asking; the same on every worker."""
 
@@ -194,9 +197,9 @@ class Loop:
         self.replica.module.load_state_dict(state["module"])
         self.replica.optimizer.load_state_dict(state["optimizer"])
         self._rates.restore(state["schedule"])
-        self._state = dict(state["strategy"])
+        self._state = devices.moved(dict(state["strategy"]), self.device)
         if self._average is not None:
-            self._average.values = list(state["average"] or [])
+            self._average.values = devices.moved(list(state["average"] or []), self.device)
         self._best = dict(state["best"]) if state["best"] is not None else None
         self._progress = Progress.of(state["progress"])
 
@@ -308,11 +311,10 @@ class Loop:
         step = self._step + 1
         # Drawn anew for every step from numbers alone: a resumed run needs no stored generator state.
         salt = mix(np.array([comms.rank], np.uint64), settings.seed, step)[0]
-        # torch.manual_seed looks for every other device's generator as well: half a millisecond.
-        torch.default_generator.manual_seed(int(salt >> np.uint64(1)))
+        devices.seed(int(salt >> np.uint64(1)), self.device)
         rng = np.random.default_rng(int(salt))
         parts = next(slices).parts(settings.accumulate)
-        batches = [(len(part), self.preparation.batch(part.arrays, targets=True, rng=rng)) for part in parts]
+        batches = [(len(part), self._batch(part, rng)) for part in parts]
         clock.lap("data")
         together = strategy.steps_together(self._state)
         with self._rates.at(step):
@@ -335,6 +337,9 @@ class Loop:
         self._rates.after("step")
         clock.lap("compute")
         return value
+
+    def _batch(self, rows: Slice, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
+        return devices.to_device(self.preparation.batch(rows.arrays, targets=True, rng=rng), self.device)
 
     @cached_property
     def _takes_closure(self) -> bool:
@@ -404,7 +409,7 @@ class Loop:
             (target_name,) = (step.name for step in self.preparation.targets)
             with torch.inference_mode():
                 for rows in self.validation.in_order(_VALIDATION_BATCH):
-                    batch = self.preparation.batch(rows.arrays, targets=True)
+                    batch = self._batch(rows)
                     outputs = self.signature.call(self.replica.module, batch)
                     scores = next(iter(outputs.values()))
                     targets = batch[target_name]

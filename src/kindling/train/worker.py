@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from kindling.errors import DataError, FormatError, KindlingError, StorageError, TrainingError, from_text, to_wire
+from kindling.train import devices
 from kindling.train.meeting import BarrierMeeting, ClosedError, LostError, Meeting, TableMeeting
 from kindling.train.settings import WorkerSpec, silence_s
 from kindling.train.table import TRAINING
@@ -81,6 +82,7 @@ class _Plan:
     attempt: int
     directory_seen: bool
     one_machine: bool
+    device: str
 
 
 class _Worker:
@@ -171,7 +173,7 @@ class _Worker:
         store, plan = self._meet(meeting, spool, feed, validation, place)
         self.log.attempt = plan.attempt
         meeting.enter(TRAINING)
-        self.log.emit("met", host=plan.host, attempt=plan.attempt, rows=len(feed))
+        self.log.emit("met", host=plan.host, attempt=plan.attempt, rows=len(feed), device=plan.device)
         if not plan.directory_seen:
             if self.rank == 0 and spec.directory_asked:
                 self.log.emit(
@@ -189,7 +191,7 @@ class _Worker:
             # Over its line to the driver a worker hears who is lost: waiting for a slow one is no fault then.
             patience_s = _A_DAY_S if meeting.on_line else spec.timeout_s
             dist.init_process_group(
-                "gloo",
+                devices.backend(plan.device),
                 store=dist.PrefixStore(f"attempt-{plan.attempt}", store),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=spec.workers,
@@ -198,7 +200,7 @@ class _Worker:
         comms: Comms = SoloComms()
         try:
             if spec.workers > 1:
-                shared = SharedMemoryComms.open(store) if plan.one_machine else None
+                shared = SharedMemoryComms.open(store) if plan.one_machine and plan.device == devices.CPU else None
                 comms = shared or GroupComms()
             # gloo may connect only now; a worker that stopped before would keep the others trying for a minute.
             comms.meet()
@@ -248,6 +250,7 @@ class _Worker:
             "sees": place is not None,
             "attempt": attempt,
             "machine": host_token(),
+            "device": devices.own_device(),
         }
         everyone = [json.loads(text) for text in meeting.all_gather("meet", json.dumps(mine))]
         self.met = True
@@ -272,6 +275,7 @@ class _Worker:
             attempt=everyone[0]["attempt"],
             directory_seen=all(one["sees"] for one in everyone),
             one_machine=bool(mine["machine"]) and len({one["machine"] for one in everyone}) == 1,
+            device=devices.agree([one["device"] for one in everyone], mine["device"]),
         )
         if store is None and self.spec.workers > 1:
             store = _join_store(plan.host, plan.port, self.spec.workers)
@@ -292,7 +296,12 @@ class _Worker:
 
         spec = self.spec
         code: UserCode = cloudpickle.loads(spec.code)
-        module = _own_copy(ship.open_module(spec.module))
+        if plan.device != devices.CPU and not code.strategy.on_gpu:
+            raise TrainingError(
+                f"{type(code.strategy).__name__} sends from the CPU's memory only, and this worker has {plan.device}. "
+                "Leave out spark.task.resource.gpu.amount, or use another strategy."
+            )
+        module = _own_copy(ship.open_module(spec.module)).to(plan.device)
         surgery.set_training(module, spec.frozen)
         try:
             replica = Replica.of(module, code.optimizer)
@@ -325,6 +334,7 @@ class _Worker:
             may_be_asked=spec.may_be_stopped,
             validation=validation if plan.validation_rows else None,
             classes=spec.classes,
+            device=plan.device,
         )
         restored = None
         if place is not None and plan.attempt > 0:
@@ -364,7 +374,7 @@ class _Worker:
         from safetensors.torch import save
 
         module, history = trained
-        state = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
         blob = save(state)
         report = {
             "attempt": plan.attempt,

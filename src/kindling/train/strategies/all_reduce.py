@@ -44,6 +44,7 @@ class AllReduce(Strategy):
     whole_steps: int = 0
     """In so many steps at first nothing is compressed; gradients then change too fast for low ranks."""
 
+    on_gpu: ClassVar[bool] = True
     replicas_agree: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

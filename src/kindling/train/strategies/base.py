@@ -102,6 +102,8 @@ class Strategy:
 
     deterministic: ClassVar[bool] = True
     """The same data, seed and workers give the same bits."""
+    on_gpu: ClassVar[bool] = False
+    """What it sends may lie in a GPU's memory."""
     replicas_agree: ClassVar[bool]
     """Parameters and optimizer state are the same on every worker after every step."""
 

@@ -212,7 +212,7 @@ class GroupComms(Comms):
             dist.all_reduce(tensor)
             return
         size = tensor.numel()
-        mine = torch.zeros((self.world, -(-size // self.world)), dtype=tensor.dtype)
+        mine = torch.zeros((self.world, -(-size // self.world)), dtype=tensor.dtype, device=tensor.device)
         mine.view(-1)[:size] = tensor.reshape(-1)
         parts = torch.empty_like(mine)
         dist.all_to_all_single(parts, mine)  # part r of every worker's tensor comes to worker r

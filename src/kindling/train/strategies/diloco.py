@@ -47,6 +47,7 @@ class DiLoCo(Strategy):
     mixing: float = 0.5
     """With a delay: how much of its own parameters a worker keeps when the fragment arrives."""
 
+    on_gpu: ClassVar[bool] = True
     replicas_agree: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

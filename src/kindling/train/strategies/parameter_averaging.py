@@ -38,6 +38,7 @@ class ParameterAveraging(Strategy):
     allreduce_steps: int = 0
     """In so many steps at first the workers sum their gradients, as `AllReduce` does; only then they train alone."""
 
+    on_gpu: ClassVar[bool] = True
     replicas_agree: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
