@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,52 @@ def test_transfer_learning_on_real_photos(spark: Any, data_dir: Path, tmp_path: 
     (alone,) = loaded.predict([Path(path).read_bytes()])
     assert alone["prediction"] == rows[0]["prediction"]
     assert alone["probability"] == pytest.approx(rows[0]["probability"], abs=1e-5)
+
+
+@pytest.fixture
+def only_sparks(spark: Any, tmp_path: Path) -> Iterator[str]:
+    """A folder on a file system that Spark's Hadoop client reaches and Python does not, as a cluster's often is.
+
+    Hadoop's own `viewfs`, over a folder of this disk.
+    """
+    if not hasattr(spark, "_jsc"):
+        pytest.skip("Connect has no way to set up a file system")
+    (tmp_path / "mounted").mkdir()
+    link, target = "fs.viewfs.mounttable.kindling.link./data", f"file:{tmp_path}/mounted"
+    spark._jsc.hadoopConfiguration().set(link, target)
+    spark.conf.set(link, target)
+    yield "viewfs://kindling/data"
+    spark._jsc.hadoopConfiguration().unset(link)
+    spark.conf.unset(link)
+
+
+@pytest.mark.slow
+def test_the_job_on_a_file_system_that_only_spark_reaches(
+    spark: Any, only_sparks: str, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "mounted" / "photos")
+    rows = kd.read.images(f"{only_sparks}/photos")
+    assert rows.count() == 60
+    torch.manual_seed(0)
+    net = kd.load("lenet").until("flatten")
+    again = [net.featurize(rows, out=f"{only_sparks}/features", progress=False) for _ in range(2)]
+    assert [one.count() for one in again] == [60, 60]
+    assert kd.provenance(f"{only_sparks}/features", spark=spark)["rows"] == 60
+    model = (
+        net.freeze()
+        .then(nn.Linear(800, 3), labels=kd.labels(rows))
+        .fit(rows, epochs=8, batch_size=8, workers=2, run=f"{only_sparks}/run", progress=False)
+    )
+    assert model.evaluate(rows).accuracy > 0.9
+    model.save(f"{only_sparks}/model", spark=spark)
+    loaded = kd.load(f"{only_sparks}/run/model", spark=spark)
+    answers = kd.load(f"{only_sparks}/model", spark=spark).predict(rows).collect()
+    assert {row["path"]: row["prediction"] for row in loaded.predict(rows).collect()} == {
+        row["path"]: row["prediction"] for row in answers
+    }
+    files = {path.relative_to(tmp_path / "mounted").parts[0] for path in (tmp_path / "mounted").rglob("*")}
+    assert files == {"photos", "features", "run", "model"}
+    assert list((tmp_path / "mounted" / "run" / "checkpoints").glob("*/manifest.json"))
 
 
 @pytest.mark.slow
