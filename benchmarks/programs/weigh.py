@@ -29,14 +29,14 @@ def without_weights() -> nn.Sequential:
 
 
 def python_workers() -> list[int]:
-    """Spark's Python workers of this process: children of its `pyspark.daemon`."""
+    """Spark's Python workers of this process: children of the process that forks them."""
     daemons, parents = set(), {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes()
-            if b"pyspark.daemon" in command or b"pyspark/daemon" in command:
+            if any(name in command for name in (b"kindling.daemon", b"pyspark.daemon", b"pyspark/daemon")):
                 # The name may hold blanks and brackets: fields are counted behind its closing bracket.
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     daemons = {pid for pid, parent in parents.items() if parent not in parents and _ours(parent)}
