@@ -36,7 +36,7 @@ def python_workers() -> list[int]:
             continue
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes()
-            if any(name in command for name in (b"kindling.daemon", b"pyspark.daemon", b"pyspark/daemon")):
+            if any(b"-m\0" + name in command for name in (b"kindling.daemon", b"pyspark.daemon")):
                 # The name may hold blanks and brackets: fields are counted behind its closing bracket.
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     daemons = {pid for pid, parent in parents.items() if parent not in parents and _ours(parent)}
