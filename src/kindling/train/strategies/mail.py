@@ -61,7 +61,7 @@ class Mail(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Send what is waiting, and go; safe to call twice."""
+        """Send what is waiting, and go; safe to call twice. Whoever waits for a letter here is told so as well."""
 
 
 class QueueMail(Mail):
@@ -90,9 +90,8 @@ class QueueMail(Mail):
     def close(self) -> None:
         if self._open:
             self._open = False
-            for rank, box in enumerate(self._boxes):
-                if rank != self._rank:
-                    box.put((self._rank, None))
+            for box in self._boxes:  # its own too: a thread may wait there
+                box.put((self._rank, None))
 
 
 class TcpMail(Mail):
@@ -159,6 +158,7 @@ class TcpMail(Mail):
             if not self._open:
                 return
             self._open = False
+        self._inbox.put((self._rank, None))  # a thread may wait there
         for box in self._outboxes.values():
             box.put(None)
         for thread in self._threads:
