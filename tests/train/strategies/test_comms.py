@@ -149,14 +149,14 @@ def test_closing_leaves_no_thread_and_no_port() -> None:
 
 def test_strangers_are_turned_away_and_delay_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that says nothing, and one that guesses, come first to each worker."""
-    strangers: list[socket.socket] = []
+    silent: list[socket.socket] = []
+    guessing: list[socket.socket] = []
     real = TcpMail._connect
 
     def late(self: TcpMail, other: int, host: str, port: int) -> None:
-        for words in (b"", b"\0" * 36):
-            stranger = socket.create_connection((host, port), timeout=5)
-            stranger.sendall(words)
-            strangers.append(stranger)
+        silent.append(socket.create_connection((host, port), timeout=5))
+        guessing.append(socket.create_connection((host, port), timeout=30))
+        guessing[-1].sendall(b"\0" * 36)
         real(self, other, host, port)
 
     monkeypatch.setattr(TcpMail, "_connect", late)
@@ -166,13 +166,12 @@ def test_strangers_are_turned_away_and_delay_nobody(monkeypatch: pytest.MonkeyPa
         mails[0].send(1, b"still here")
         assert mails[1].receive(30) == (0, b"still here")
         assert mails[1].receive(0.2) is None  # nothing of the strangers'
-        guess = strangers[1]
-        guess.settimeout(30)
-        heard = b""
-        while chunk := guess.recv(100):
-            heard += chunk
-        assert len(heard) == 16  # the challenge, and then the door
-    for stranger in strangers:
+        for guess in guessing:
+            heard = b""
+            while chunk := guess.recv(100):
+                heard += chunk
+            assert len(heard) == 16  # the challenge, and then the door
+    for stranger in (*silent, *guessing):
         stranger.close()
 
 

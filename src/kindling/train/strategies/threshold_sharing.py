@@ -84,19 +84,17 @@ class ThresholdSharing(Strategy):
             # The loss was scaled by this worker's share; the sum of all is divided by their number below.
             residual[start : start + gradient.numel()].add_(gradient.reshape(-1), alpha=comms.world)
             start += gradient.numel()
-        message = encode(residual, state["threshold"])
+        places, signs = beyond(residual, state["threshold"])
+        residual[places] -= state["threshold"] * signs
         total = torch.zeros_like(residual)
-        for part in comms.exchange(message):
-            add_decoded(part, total)
-        own = torch.zeros_like(residual)
-        add_decoded(message, own)
-        residual -= own
+        for message in comms.exchange(encode(places, signs, state["threshold"], len(residual))):
+            add_decoded(message, total)
         total /= comms.world
         start = 0
         for gradient in gradients:
             gradient.copy_(total[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
-        density = int(torch.count_nonzero(own)) / max(1, len(own))
+        density = len(places) / max(1, len(residual))
         return {
             **state,
             "residual": residual,
@@ -144,30 +142,39 @@ def adapted(threshold: float, density: float) -> float:
     return float(np.float32(threshold * _STEP)) if density < _FEWEST else threshold
 
 
-def encode(values: Tensor, threshold: float) -> Tensor:
-    """The places where `values` reach the threshold, with their signs, as 32-bit words.
+def beyond(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The places where `values` reach the threshold, int64 in order, and the signs there, 1.0 or -1.0.
+
+    >>> beyond(torch.tensor([0.1, 2.0, -3.0, 1.0]), 1.0)
+    (tensor([1, 2, 3]), tensor([ 1., -1.,  1.]))
+    """
+    places = (values.abs() >= threshold).nonzero().reshape(-1)
+    return places, torch.sign(values[places])
+
+
+def encode(places: Tensor, signs: Tensor, threshold: float, size: int) -> Tensor:
+    """What `beyond` found as 32-bit words.
 
     Args:
-        values: shape (P,), float32, P less than 2 ** 31.
         threshold: a float32's value.
+        size: elements that there are, P, less than 2 ** 31.
     Returns: shape (2 + places,) or (2 + ceil(P / 16),), int32: the threshold's bits; the number of places, or -1 for a
-        bitmap; then `place + 1`, negative for a negative sign, or two bits for each element: 0, 1 plus, 2 minus.
+        bitmap; then `place + 1`, negative for a negative sign, or one bit for each element's plus, then for its minus.
 
-    >>> encode(torch.tensor([0.1, 2.0, -3.0] + [0.0] * 45), 1.0)[1:].tolist()
+    >>> encode(torch.tensor([1, 2]), torch.tensor([1.0, -1.0]), 1.0, 48)[1:].tolist()
     [2, 2, -3]
     """
-    bits = torch.tensor([threshold], dtype=torch.float32).view(torch.int32)
-    places = (values.abs() >= threshold).nonzero().reshape(-1)
-    words = -(-len(values) // _PER_WORD)
+    head = torch.tensor([threshold], dtype=torch.float32).view(torch.int32)
+    words = -(-size // _PER_WORD)
     if len(places) <= words:
-        signed = ((places + 1) * torch.sign(values[places]).long()).int()
-        return torch.cat([bits, torch.tensor([len(places)], dtype=torch.int32), signed])
-    marks = torch.zeros(words * _PER_WORD, dtype=torch.int64)
-    marks[places] = torch.where(values[places] > 0, 1, 2)
-    shifts = 2 * torch.arange(_PER_WORD)
-    packed = (marks.view(words, _PER_WORD) << shifts).sum(1)
-    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
-    return torch.cat([bits, torch.tensor([-1], dtype=torch.int32), packed])
+        return torch.cat([head, torch.tensor([len(places)], dtype=torch.int32), ((places + 1) * signs.long()).int()])
+    planes = np.zeros(words * 4, np.uint8)
+    half = -(-size // 8)
+    for number in range(2):
+        marks = np.zeros(size, np.uint8)
+        marks[places[signs > 0 if number == 0 else signs < 0].numpy()] = 1
+        planes[number * half : (number + 1) * half] = np.packbits(marks)
+    return torch.cat([head, torch.tensor([-1], dtype=torch.int32), torch.from_numpy(planes.view(np.int32))])
 
 
 def add_decoded(message: Tensor, into: Tensor) -> None:
@@ -177,6 +184,7 @@ def add_decoded(message: Tensor, into: Tensor) -> None:
     if count >= 0:
         into[body.abs().long() - 1] += threshold * torch.sign(body)
         return
-    marks = (body.long()[:, None] >> (2 * torch.arange(_PER_WORD))) & 3
-    flat = marks.reshape(-1)[: len(into)]
-    into += threshold * ((flat == 1).float() - (flat == 2).float())
+    half = -(-len(into) // 8)
+    planes = body.numpy().view(np.uint8)
+    plus, minus = (np.unpackbits(planes[n * half : (n + 1) * half], count=len(into)) for n in range(2))
+    into += threshold * torch.from_numpy(plus.astype(np.float32) - minus.astype(np.float32))
