@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from strategy_cases import net, rows, sgd, step_of, weights
+from strategy_cases import net, restored, rows, sgd, snapshot, step_of, stored, weights
 from torch import nn
 
 from kindling.errors import ConfigError
@@ -170,3 +170,49 @@ def test_no_thread_is_left() -> None:
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Downpour(**settings)
+
+
+def test_saved_in_the_middle_of_an_epoch_it_goes_on() -> None:
+    """A checkpoint is a meeting: what was pushed is in the shards, and nothing else is to be remembered."""
+    strategy = Downpour(push_every=2, fetch_every=3)
+
+    def work(comms: Comms) -> dict[str, Any]:
+        module = net()
+        replica = Replica(module, sgd(module))
+        state = strategy.begin(replica, strategy.init(replica), comms)
+        for step in range(4):
+            state = step_of(strategy, replica, state, [rows(4, 10 * step + r) for r in range(comms.world)], comms)
+        saved = stored(snapshot(strategy, replica, state, comms))
+        met = weights(replica.module)
+        strategy.close(replica)
+        replica, state = restored(strategy, saved, comms)
+        for step in range(4, 7):
+            state = step_of(strategy, replica, state, [rows(4, 10 * step + r) for r in range(comms.world)], comms)
+        state = strategy.on_epoch(replica, state, comms)
+        strategy.close(replica)
+        return {"met": met, "saved": saved["strategy"], "end": weights(replica.module)}
+
+    found = InProcessComms.run(3, work)
+    for one in found:
+        assert torch.equal(one["met"], found[0]["met"])
+        assert torch.equal(one["end"], found[0]["end"])
+    assert not torch.equal(found[0]["met"], found[0]["end"])
+    assert torch.equal(torch.cat([one["saved"]["shard"]["weights"] for one in found]).double(), found[0]["met"])
+
+
+@pytest.mark.parametrize("adagrad", [None, 0.1])
+def test_shards_are_cut_anew_for_another_number_of_workers(adagrad: float | None) -> None:
+    strategy = Downpour(adagrad=adagrad)
+    whole = torch.arange(101.0)
+
+    def state(rank: int) -> dict[str, Any]:
+        own = whole[101 * rank // 4 : 101 * (rank + 1) // 4]
+        shard = {"weights": own, "squares": None if adagrad is None else own * 2}
+        return {"step": 5, "rows": rank, "all": 6, "shard": shard, "met": True, "figures": {}}
+
+    new = [strategy.regroup([state(rank) for rank in range(4)], rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([one["shard"]["weights"] for one in new]), whole)
+    assert [len(one["shard"]["weights"]) for one in new] == [33, 34, 34]
+    assert sum(one["rows"] for one in new) == 6
+    if adagrad is not None:
+        assert torch.equal(torch.cat([one["shard"]["squares"] for one in new]), whole * 2)

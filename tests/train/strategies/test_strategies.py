@@ -184,6 +184,18 @@ def test_all_reduce_is_the_gradient_of_the_whole_batch_however_rows_are_spread()
     torch.testing.assert_close(weights(trained.module), weights(whole), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if isinstance(c.make(), AllReduce)])
+def test_a_batch_in_three_parts_is_the_reference_on_the_whole(name: str) -> None:
+    """Compression too is linear in the sum of the gradients, with what it keeps for later."""
+    case = CASES[name]
+    parts = [[rows(2, 3 * step), rows(5, 3 * step + 1), rows(3, 3 * step + 2)] for step in range(8)]
+    whole = [[(torch.cat([x for x, _ in step]), torch.cat([y for _, y in step]))] for step in parts]
+    expected = net()
+    case.alone([whole], expected)
+    for replica in InProcessComms.run(3, lambda comms: train(case.make(), comms, [parts], net())):
+        torch.testing.assert_close(weights(replica.module), weights(expected), rtol=1e-4, atol=case.rounding)
+
+
 def test_averaging_is_a_mean_weighted_by_rows() -> None:
     batches = [[rows(2, 1), rows(6, 2)], [rows(2, 3), rows(6, 4)]]
     alone = [train(AllReduce(), SoloComms(), [[[step[rank]] for step in batches]], net()) for rank in range(2)]

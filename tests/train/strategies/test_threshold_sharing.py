@@ -61,22 +61,21 @@ def test_bytes_are_those_of_the_messages_measured() -> None:
         assert counted == expected
 
 
-@pytest.mark.parametrize("threshold", [1e-4, 10.0])
+@pytest.mark.parametrize("threshold", [0.002, 1.0])
 def test_the_threshold_finds_its_range_from_both_sides(threshold: float) -> None:
     """Between 1 in 10,000 and 1 in 100 elements are sent, wherever it began."""
 
-    wide = torch.nn.Linear(6, 5000)
-    module = torch.nn.Sequential(wide)
+    module = torch.nn.Linear(6, 1000)
     replica = Replica(module, sgd(module))
     strategy, comms = ThresholdSharing(threshold=threshold), SoloComms()
     state = strategy.init(replica)
     sent = []
-    for step in range(400):
+    for step in range(250):
         x, y = rows(8, step)
         before = state["sent"]
         state = step_of(strategy, replica, state, [(x, y)], comms)
         sent.append(state["sent"] - before)
-    assert 5e-5 < np.mean(sent[-50:]) < 2e-2
+    assert 5e-5 < np.mean(sent[-50:]) < 2e-2 < max(sent[0], 1 - sent[0])
 
 
 def test_nothing_is_lost_only_late() -> None:

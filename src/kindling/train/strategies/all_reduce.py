@@ -66,7 +66,7 @@ class AllReduce(Strategy):
 
     def begin(self, replica: Replica, state: State, comms: Comms) -> State:
         if comms.world > 1 or self.compression is not None:
-            replica.aside["buckets"] = _Buckets(replica.parameters(), int(self.bucket_mb * _MIB))
+            replica.aside["buckets"] = _Buckets(replica.parameters(), int(self.bucket_mb * _MIB), early=comms.overlaps)
         return state
 
     def close(self, replica: Replica) -> None:
@@ -77,7 +77,7 @@ class AllReduce(Strategy):
         return float(rows_W[rank] / rows_W.sum())
 
     def on_backward(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> None:
-        if comms.overlaps and (buckets := replica.aside.get("buckets")):
+        if buckets := replica.aside.get("buckets"):
             buckets.arm(self, state, comms)
 
     def on_gradients(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> State:
@@ -110,7 +110,7 @@ class AllReduce(Strategy):
 class _Buckets:
     """Parameters in buckets, and the parcels that are under way in this step."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], size_bytes: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], size_bytes: int, *, early: bool) -> None:
         self._parameters = list(parameters)
         self._buckets: list[list[int]] = []
         room = 0
@@ -126,6 +126,7 @@ class _Buckets:
                 lambda _, number=number: self._filled(number)
             )
             for number, parameter in enumerate(self._parameters)
+            if early
         ]
         self._armed: tuple[AllReduce, State, Comms] | None = None
         self._missing: list[set[int]] = []
@@ -137,7 +138,7 @@ class _Buckets:
             hook.remove()
 
     def arm(self, strategy: AllReduce, state: State, comms: Comms) -> None:
-        """From here on buckets leave when they are full."""
+        """From here on buckets leave when they are full, if they may leave early."""
         self._armed = (strategy, state, comms)
         self._missing = [set(bucket) for bucket in self._buckets]
 

@@ -32,7 +32,7 @@ Letter = tuple[int, bytes | None]
 
 
 def own_address() -> str:
-    """The address of the interface that gloo was told to use; else the one this host's name stands for, as gloo has it.
+    """The address of the interface that gloo was told to use; else of the one that leads outside, else of none.
 
     >>> os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     >>> own_address()
@@ -44,7 +44,8 @@ def own_address() -> str:
         if name:
             request = struct.pack("256s", name.encode()[:15])
             return socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24])
-        return socket.gethostbyname(socket.gethostname())
+        probe.connect(("192.0.2.1", 9))  # nobody's address (RFC 5737), and a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])
     return "127.0.0.1"
 
 
