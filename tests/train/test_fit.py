@@ -286,9 +286,10 @@ def _killed_equals_unbroken(
         for _ in range(deaths):
             last = (last + at - 1) // steps * steps
         assert resumed == ([last] if last else [])  # the end of the epoch before, where there is one
-    assert digest(broken) == digest(unbroken)
-    assert broken.history[-1]["epochs"][0]["loss"] == unbroken.history[-1]["epochs"][0]["loss"]
-    assert len(broken.history[-1]["epochs"]) == 3
+    assert [epoch["rows"] for epoch in broken.history[-1]["epochs"]] == [480] * 3
+    if strategy.deterministic:
+        assert digest(broken) == digest(unbroken)
+        assert broken.history[-1]["epochs"][0]["loss"] == unbroken.history[-1]["epochs"][0]["loss"]
 
 
 @pytest.mark.slow
@@ -302,8 +303,12 @@ def _killed_equals_unbroken(
         {"step": 20, "unseen": True},
         {"step": 20, "frozen_front": True},
         {"step": 20, "strategy": kd.ParameterAveraging(every=3, average_optimizer_state=True)},
+        {"step": 20, "strategy": kd.AllReduce(compression="powersgd")},
+        {"step": 20, "strategy": kd.DiLoCo(every=4, fragments=2, delay=1)},
+        {"step": 20, "strategy": kd.ThresholdSharing(threshold=0.01)},
+        {"step": 20, "strategy": kd.Downpour(push_every=2, fetch_every=2)},
     ],
-    ids=["first step", "last step", "twice", "temporary run", "unseen run", "frozen front", "optimizer state"],
+    ids=lambda fault: " ".join(str(value).partition("(")[0] for value in fault.values()),
 )
 def test_killed_at_other_moments(spark: Any, tmp_path: Path, fault: dict[str, Any]) -> None:
     _killed_equals_unbroken(spark, tmp_path, 2, **{"strategy": kd.AllReduce(), **fault})

@@ -59,7 +59,7 @@ def as_threads(case: Case, comms: Comms) -> tuple[torch.Tensor, int]:
     return weights(trained.module), comms.bytes_sent
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_group_computes_what_threads_compute(tmp_path: Path, world: int) -> None:
     """Bit for bit, over sockets and through shared memory; what is not repeatable agrees in the end."""
     body = """

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.spark
 @pytest.mark.parametrize(
     "strategy",
     [
-        kd.AllReduce(compression="powersgd"),
-        kd.ParameterAveraging(every=3, allreduce_steps=4),
+        pytest.param(kd.AllReduce(compression="powersgd"), marks=pytest.mark.slow),
+        pytest.param(kd.ParameterAveraging(every=3, allreduce_steps=4), marks=pytest.mark.slow),
         kd.DiLoCo(every=4, fragments=2, delay=1),
         kd.Downpour(push_every=2, fetch_every=2),
-        kd.ThresholdSharing(threshold=0.01),
+        pytest.param(kd.ThresholdSharing(threshold=0.01), marks=pytest.mark.slow),
     ],
     ids=lambda strategy: type(strategy).__name__,
 )
