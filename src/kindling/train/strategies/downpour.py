@@ -48,7 +48,8 @@ class Downpour(Strategy):
     count in full: W workers take W steps of `batch_size` rows where all-reduce takes one of `W * batch_size`.
 
     A slow worker slows the others in nothing until the end of an epoch, where all wait for the last one, agree on the
-    weights, and average the batch statistics; its changes are then the stalest. Checkpoints are such meetings too.
+    weights, and average the batch statistics; its changes are then the stalest. Checkpoints and validations inside an
+    epoch are such meetings too, and a limit of time has the workers compare notes about once a second.
 
     Sends, for each push, `(W - 1) / W` of the parameters' bytes plus 32 for each other shard; for each fetch 32 to each
     of the others, and to each of them that fetches, its shard and 32; at a meeting its shard to each of the others.
