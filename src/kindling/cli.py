@@ -1,4 +1,4 @@
-"""The command line: `kindling featurize | fit | evaluate | predict | summary | transfer | demo`.
+"""The command line: `kindling featurize | fit | evaluate | predict | summary | convert | transfer | demo`.
 
 A thin skin: each command calls the verbs of the library by their public names and shows what they return. The options
 are in `options.py`, how results, errors and exit codes come out in `console.py`, the whole job of `transfer` in
@@ -422,6 +422,62 @@ def transfer(
         result = {"model": out, "seconds": clock.to_json(), **done.to_json()}
         _keep_report(done.test, report, plot, result)
         output.result(result, f"{done.test}\n\n{done}\n\n{clock}\nmodel in {out}")
+
+
+@app.command(
+    epilog="**Examples**: `kindling convert squeezenet.prototxt squeezenet.onnx --weights squeezenet.caffemodel`; "
+    "`kindling convert net.onnx model` (a model of kindling); `kindling convert model alone --stand-alone`"
+)
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FROM",
+            help="A saved model, a shipped net, module:function, or a file of another system.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TO",
+            help="Ends in .onnx, .pt2 or .safetensors; anything else is the folder of a model of kindling.",
+            show_default=False,
+        ),
+    ],
+    weights: o.Weights = None,
+    until: o.Until = None,
+    input_shape: Annotated[
+        str | None,
+        o.option(o.NET, "Shape of one row, where the file leaves it open.", metavar="3,224,224"),
+    ] = None,
+    stand_alone: Annotated[
+        bool, o.option(o.OUTPUT, "Write a folder with a script that needs torch alone.", "--stand-alone")
+    ] = False,
+    preparation: Annotated[
+        bool, o.option(o.OUTPUT, "Make normalising the input a part of the graph.", "--preparation/--no-preparation")
+    ] = True,
+    overwrite: o.Overwrite = False,
+    classes: o.Classes = None,
+    as_json: o.Json = False,
+) -> None:
+    """Turn a model of one system into a file of another. Starts no Spark."""
+    with command(as_json=as_json) as output:
+        shape = None if input_shape is None else _shape(input_shape)
+        net = o.open_model(source, weights, classes=classes, input_shape=shape)
+        net = net.until(*until) if until else net
+        if stand_alone or Path(target).suffix in (".onnx", ".pt2", ".safetensors"):
+            net.export(target, preparation=preparation, overwrite=overwrite)
+        else:
+            net.save(target, overwrite=overwrite)
+        output.result({"out": target, "model": net.name}, f"{net.name} in {target}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--input-shape {text!r} is no list of whole numbers, such as 3,224,224") from None
 
 
 @app.command(epilog="**Example**: `kindling demo --out demo-output`")

@@ -38,6 +38,7 @@ MAX_DEPTH = 16
 MAX_PARTS = 32
 _INT_LIMIT = 2**53
 _LOOP_LIMIT = 4096  # arguments that make a constructor loop: layers of an LSTM, axes of a shape
+_ARGUMENT_DEPTH = 8  # lists inside lists: the bodies of ONNX's loops
 
 Foreign = Callable[[str, nn.Module], Mapping[str, Any]]
 """Describes a layer that is on no list as JSON, or raises ModelError."""
@@ -165,6 +166,17 @@ def allow(cls: M) -> M:
         )
     _OWN[f"kindling.{cls.__name__}"] = cls
     return cls
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A dtype that graphs may hold, by name.
+
+    Raises: FormatError, for any other.
+    """
+    if name not in _DTYPES:
+        raise FormatError(f"there is no dtype {name[:40]!r} that a graph may hold.")
+    dtype: torch.dtype = _DTYPES[name]
+    return dtype
 
 
 def is_own_layer(module: nn.Module) -> bool:
@@ -736,7 +748,7 @@ def build_layer(name: Any, args: Any, where: str = "layer") -> nn.Module:
 
 
 def _argument(value: Any, what: str, depth: int = 0) -> Any:
-    if isinstance(value, list) and depth < 3 and len(value) <= _LOOP_LIMIT:
+    if isinstance(value, list) and depth < _ARGUMENT_DEPTH and len(value) <= _LOOP_LIMIT:
         return tuple(_argument(part, what, depth + 1) for part in value)
     if isinstance(value, dict) and value.keys() == {"float"} and value["float"] in _FLOATS:
         return _FLOATS[value["float"]]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kindling.evaluate import Report
+    from kindling.formats.models import Imported
     from kindling.predict.engine import Precision
     from kindling.surgery import Summary
     from kindling.train.callbacks import Callback
@@ -402,9 +403,27 @@ class Model:
 
         bundle.save(self, str(path), overwrite=overwrite, spark=spark)
 
+    def export(
+        self,
+        path: str | Path,
+        *,
+        preparation: bool = True,
+        overwrite: bool = False,
+        spark: SparkSession | None = None,
+    ) -> None:
+        """Write the model for others: `.onnx`, `.pt2`, `.safetensors`, or a folder that runs with torch alone.
+
+        The path's ending decides (`kindling.formats.export.export`). The file is compared with the model on random rows
+        before it is kept; with `preparation`, the normalising of its inputs is part of the graph.
+        Raises: ConfigError, when something is there already; ModelError, when it cannot be written so.
+        """
+        from kindling.formats.export import export
+
+        export(self, path, preparation=preparation, overwrite=overwrite, spark=spark)
+
 
 def load(
-    source: str | Path,
+    source: str | Path | Model,
     weights: str | Path | None = None,
     *,
     layout: str | None = None,
@@ -418,9 +437,11 @@ def load(
 
     Args:
         source: a net of kindling (`"vgg16"`), the path of a bundle that `Model.save` wrote, or a local file of Caffe
-            (`.prototxt`, `.caffemodel`), Deeplearning4j (zip), H2O (MOJO) or BigDL: told apart by what is in it.
+            (`.prototxt`, `.caffemodel`), Deeplearning4j (zip), H2O (MOJO), BigDL, ONNX or `torch.export` (`.pt2`): told
+            apart by what is in it. `torchvision:NAME`, `timm:NAME`, `hf:NAME` for nets of those libraries. Or a Model,
+            to be given other weights.
         weights: for a net by name: a file, a URL, or the name of published weights; None draws random ones. For a
-            `.prototxt`, its `.caffemodel`.
+            `.prototxt`, its `.caffemodel`. For a Model, a `.safetensors` or `.pth` file of its own names.
         layout: which of the net's layouts the file has, where it fits several (`kindling.nets.NETS[name].layouts`).
         cache: folder for downloaded files; `KINDLING_CACHE`, else `~/.cache/kindling`, if None.
         classes: for a bundle of a module that is no graph: the classes it may be made of.
@@ -434,6 +455,8 @@ def load(
     """
     from kindling import nets
 
+    if isinstance(source, Model):
+        return _weighted(source, weights, options)
     name = str(source)
     if name in nets.NETS and not options:
         parts = nets.load_net(name, weights=weights, layout=layout, cache=cache, progress=progress)
@@ -461,11 +484,30 @@ def load(
     return bundle.load(name, classes=classes, spark=spark)
 
 
+def _weighted(model: Model, weights: str | Path | None, options: Mapping[str, Any]) -> Model:
+    """The same model with the numbers of a local file."""
+    from kindling.formats.files import file_digest, open_weights
+    from kindling.formats.weights import into
+
+    if weights is None or options:
+        seen = sorted(options) or weights
+        raise ConfigError("weights", seen, "leaves a Model as it is", "Give weights=, the file to take them from")
+    file = Path(weights)
+    module = into(model.module, open_weights(file), str(file))
+    source = {**model.source, "weights": {"file": file.name, "sha256": file_digest(file)}}
+    return replace(model, module=module, source=source, history=())
+
+
 def _imported(source: str, weights: str | Path | None, options: Mapping[str, Any]) -> Model | None:
     """The model in a local file of another system; None where there is none, or a bundle."""
     from kindling.bundle import MANIFEST
-    from kindling.formats.models import names, open_model
+    from kindling.formats.models import LIBRARIES, names, open_model
 
+    if source.partition(":")[0] in LIBRARIES and not Path(source).exists():
+        from kindling.formats import hub
+
+        if hub.prefix_of(source) is not None:
+            return _of(hub.open_named(source, weights, **options))
     path = Path(source)
     if not path.exists() or (path / MANIFEST).exists():
         return None
@@ -474,6 +516,10 @@ def _imported(source: str, weights: str | Path | None, options: Mapping[str, Any
         if path.is_file() and weights is None and not options:
             raise FormatError(f"{source} is neither a bundle nor a model that kindling reads ({', '.join(names())}).")
         return None
+    return _of(found)
+
+
+def _of(found: Imported) -> Model:
     return Model(
         module=found.module,
         signature=found.signature,

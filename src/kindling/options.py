@@ -105,7 +105,7 @@ ReportFile = Annotated[Path | None, option(OUTPUT, "Write the report as JSON.", 
 PlotFile = Annotated[
     Path | None, option(OUTPUT, "Draw the confusion matrix (PNG, SVG, PDF).", "--plot", metavar="FILE")
 ]
-Overwrite = Annotated[bool, option(OUTPUT, "Replace what is at --out.", "--overwrite")]
+Overwrite = Annotated[bool, option(OUTPUT, "Replace what is there.", "--overwrite")]
 
 
 def named(reference: str) -> Any:
@@ -139,6 +139,7 @@ def open_model(
     classes: list[str] | None = None,
     seed: int = 0,
     spark: Any = None,
+    input_shape: tuple[int, ...] | None = None,
 ) -> kd.Model:
     """The model that `--model` names: a shipped net, a saved model, or what a function returns.
 
@@ -146,6 +147,7 @@ def open_model(
         labels: class names of the data at hand, handed to the function if it takes an argument.
         classes: `module:class` references for saved models that need the user's code.
         seed: of the weights of a net that is given none; torch's own generator is left as it was.
+        input_shape: of one row, for files of other systems that leave it open.
     Raises: ConfigError, FormatError, StorageError; TypeError passes through from the user's function.
     """
     from kindling.transfer import seeded
@@ -153,7 +155,8 @@ def open_model(
     if not _REFERENCE.fullmatch(name):
         known = [named(reference) for reference in classes or ()]
         with seeded(seed):
-            return kd.load(name, weights=weights, classes=known, spark=spark)
+            more: dict[str, Any] = {} if input_shape is None else {"input_shape": input_shape}
+            return kd.load(name, weights=weights, classes=known, spark=spark, **more)
     if weights is not None:
         raise typer.BadParameter("--weights is for shipped nets; let the function read its own")
     build: Callable[..., Any] = named(name)

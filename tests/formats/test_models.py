@@ -54,7 +54,7 @@ def test_no_file_is_taken_for_two_formats(data_dir: Path) -> None:
             taken = [name for name, reader in readers.items() if reader.matches(_peek(file))]
             assert len(taken) <= 1, file
             seen.update(taken)
-    assert seen == set(READERS)
+    assert seen == set(READERS) - {"onnx", "pt2"}  # of which the data folder has none; their own tests write them
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from kindling.signature import Signature
 if TYPE_CHECKING:
     from torch import nn
 
-READERS: tuple[str, ...] = ("dl4j", "h2o", "caffe", "bigdl", "keras", "tensorflow", "tflite")
+READERS: tuple[str, ...] = ("dl4j", "h2o", "pt2", "onnx", "caffe", "bigdl", "keras", "tensorflow", "tflite")
 """Modules of this package that read whole models, the pickier first."""
+LIBRARIES = ("torchvision", "timm", "hf")
+"""Prefixes of names that `hub.py` opens."""
 HEAD_BYTES = 4096
 
 
@@ -94,7 +96,7 @@ def names() -> list[str]:
     """What the formats are called.
 
     >>> names()
-    ['Deeplearning4j', 'H2O MOJO', 'Caffe', 'BigDL', 'Keras', 'TensorFlow', 'TensorFlow Lite']
+    ['Deeplearning4j', 'H2O MOJO', 'PyTorch .pt2', 'ONNX', 'Caffe', 'BigDL', 'Keras', 'TensorFlow', 'TensorFlow Lite']
     """
     return [reader.NAME for reader in readers()]
 

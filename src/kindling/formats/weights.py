@@ -153,6 +153,47 @@ def load(match: Match, stored: StoredTensors, what: str) -> nn.Module:
     return match.module.eval()
 
 
+def into(module: nn.Module, stored: StoredTensors, what: str) -> nn.Module:
+    """A copy of a module with a file's numbers, where the file has exactly its names and shapes.
+
+    Args:
+        module: left as it is; the copy shares nothing of its weights.
+    Raises: FormatError, naming the first tensors that differ, or that cannot be read.
+
+    >>> stored = {"weight": Stored((1, 2), "float32", lambda: torch.tensor([[3.0, 4.0]]))}
+    >>> into(nn.Linear(2, 1, bias=False), stored, "w.pth").weight.tolist()
+    [[3.0, 4.0]]
+    """
+    from kindling.surgery.net import twin
+
+    own = module.state_dict()
+    wanted = {name: tensor for name, tensor in own.items() if not name.endswith(_COUNTER) or name in stored}
+    missing = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in wanted.items() if name not in stored]
+    extra = [f"{name!r} {value.shape}" for name, value in stored.items() if name not in own]
+    other = [
+        f"{name!r} is {stored[name].shape}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in stored and stored[name].shape != tuple(tensor.shape)
+    ]
+    for say, names in (("lacks", missing), ("has", extra), ("differs:", other)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            hint = "" if say != "has" else ", which the model has not"
+            raise FormatError(f"{what} does not fit the model: it {say} {', '.join(names[:_SHOWN])}{more}{hint}.")
+    made = twin(module, lambda tensor: torch.empty_like(tensor))
+    state = {}
+    for name, tensor in wanted.items():
+        value = stored[name].read()
+        if value.is_floating_point() != tensor.is_floating_point():
+            raise FormatError(f"{what}: {name!r} is {value.dtype}, the model's is {tensor.dtype}.")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise FormatError(f"{what}: {name!r} holds numbers that are not finite. The file is of no use.")
+        state[name] = value.to(tensor.dtype)
+    state |= {name: tensor for name, tensor in own.items() if name not in state}
+    made.load_state_dict(state, strict=True)
+    return made
+
+
 def _renamed(layout: Layout, stored: StoredTensors) -> dict[str, Stored]:
     known = set(layout.layers.values())
     tensors = {}

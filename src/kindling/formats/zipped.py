@@ -55,6 +55,10 @@ class Zipped:
         self._archive = archive
         self._members = {info.filename: info for info in archive.infolist()}
 
+    def names(self) -> list[str]:
+        """Every member."""
+        return list(self._members)
+
     def __contains__(self, name: str) -> bool:
         return name in self._members
 

@@ -28,10 +28,12 @@ from kindling.formats import load as load_weights
 from kindling.formats.catalog import find, published_as
 from kindling.formats.files import file_digest
 from kindling.formats.weights import SAME_NAMES
-from kindling.nets import layers_caffe as layers_caffe  # graphs that are read again find its layers
+from kindling.nets import layers_aten as layers_aten  # graphs that are read again find its layers
+from kindling.nets import layers_caffe as layers_caffe
 from kindling.nets import layers_dl4j as layers_dl4j
 from kindling.nets import layers_h2o as layers_h2o
 from kindling.nets import layers_keras as layers_keras
+from kindling.nets import layers_onnx as layers_onnx
 from kindling.nets.vision import (
     MOBILENET_STAGES,
     SQUEEZENET_FIRES,

@@ -230,7 +230,8 @@ def is_scalar(node: fx.Node) -> bool:
 def node_kind(net: nn.Module, node: fx.Node) -> str:
     """`"Conv2d"` for modules, `"cat"` for functions and methods."""
     if node.op == "call_module":
-        return type(fetch(net, str(node.target))).__name__
+        layer = fetch(net, str(node.target))
+        return str(getattr(layer, "kind", type(layer).__name__))
     if node.op == "call_function":
         return _functional_names().get(id(node.target), getattr(node.target, "__name__", str(node.target)))
     return str(node.target)
