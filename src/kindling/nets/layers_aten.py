@@ -16,7 +16,8 @@ from kindling.errors import FormatError
 
 _NAMES = frozenset(
     """
-_adaptive_avg_pool2d _adaptive_avg_pool3d _cdist_forward _log_softmax _native_batch_norm_legit_no_training
+_upsample_bicubic2d_aa _upsample_bilinear2d_aa _adaptive_avg_pool2d _adaptive_avg_pool3d _cdist_forward
+_log_softmax _native_batch_norm_legit_no_training
 _pdist_forward _safe_softmax _scaled_dot_product_flash_attention_for_cpu _softmax _to_copy _unsafe_view abs acos acosh
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
 add addbmm addcdiv addcmul addmm addmv alias all alpha_dropout amax amin aminmax any arange argmax argmin argsort asin
