@@ -312,6 +312,9 @@ class _Program:
                         named.append((str(entry["name"]), argument))
                 else:
                     positional.append(argument)
+            if name in ("slice", "slice_scatter"):  # "to the end" is written as the largest whole number there is
+                positional = [(kind, min(what, 2**53) if kind == "v" and isinstance(what, int) else what)
+                              for kind, what in positional]  # fmt: skip
             layer = AtenOp(f"{name}.{overload}", tuple(positional), tuple(named))
             result = self._call(label, layer, inputs)
         self._outputs(outputs, result)
