@@ -9,6 +9,7 @@ Source of the layout: `torch/export/pt2_archive` and `torch/_export/serde/schema
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import operator
@@ -249,6 +250,7 @@ class _Program:
 
     def _unique(self, name: str) -> str:
         plain = self.valid(name)
+        plain = f"{plain}_layer" if hasattr(builtins, plain) else plain
         unique, count = plain, 1
         while unique in self.used:
             count += 1

@@ -8,6 +8,7 @@ Gather and Concat in front of a Reshape are gone. Which operator becomes which l
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -490,6 +491,7 @@ class Converter:
         if len(self.names) >= 4 * files.MAX_NODES:
             raise FormatError(f"{self.what} has too many values, which are refused.")
         plain = valid_name(name.strip("/") or "value")
+        plain = f"{plain}_layer" if hasattr(builtins, plain) else plain
         unique, count = plain, 1
         while unique in self.names:
             count += 1
