@@ -18,15 +18,17 @@ from kindling.signature import Signature, TensorSpec
 if TYPE_CHECKING:
     import torch
     from pyspark.sql import DataFrame, SparkSession
-    from torch import Tensor, nn
+    from torch import nn
 
     from kindling.evaluate import Report
     from kindling.formats.models import Imported
     from kindling.predict.engine import Precision
     from kindling.surgery import Summary
     from kindling.train.callbacks import Callback
+    from kindling.train.figures import Metric
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import Strategy
+    from kindling.train.targets import Loss
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -270,10 +272,13 @@ class Model:
         epochs: int = 10,
         batch_size: int = 32,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-        loss: Callable[..., Tensor] | None = None,
+        loss: Loss | Mapping[str, Loss] | None = None,
+        loss_weights: Mapping[str, float] | None = None,
         strategy: Strategy | None = None,
         validation: DataFrame | None = None,
-        target: str | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        target: str | Mapping[str, str] | None = None,
+        weight_column: str | None = None,
         workers: int | None = None,
         threads: int = 1,
         seed: int = 0,
@@ -309,11 +314,18 @@ class Model:
             batch_size: rows that go through the net at a time on one worker; a step takes this times `accumulate`
                 times `workers`.
             optimizer: makes a torch optimizer of the parameters, `partial(torch.optim.SGD, lr=0.1)`; Adam if None.
-            loss: a torch loss of (outputs, targets); cross entropy for classes and squared error for numbers if None.
-                Label smoothing and class weights are settings of torch's own losses.
+            loss: a torch loss of (outputs, targets); None: cross entropy for classes, binary cross entropy for lists of
+                labels, squared error for numbers. Label smoothing and class weights are settings of torch's own losses.
+                For a net with several outputs, losses by the outputs' names.
+            loss_weights: what each output's loss counts, by the outputs' names; 1 where it is not named.
             strategy: how workers agree; `AllReduce()` if None.
             validation: rows to measure after every epoch, in float32, as `evaluate` does.
-            target: the column to learn; the model's own (`"label"` at first) if None.
+            metrics: further figures of the validation, by name: functions of (outputs, targets) that give each row's
+                number, whose mean is taken, or metrics with update, merge_state and compute, as torchmetrics has them.
+                Where several outputs have targets, they get dicts by the outputs' names.
+            target: the column to learn; the model's own (`"label"` at first) if None. For a net with several outputs,
+                columns by the outputs' names.
+            weight_column: what each row counts; a weight of 2 is as good as the row twice.
             workers: tasks that train at the same time; as many as the session has slots for if None.
             threads: computing threads of each worker.
             seed: of the order of rows and of the net's random draws. The same data, seed, workers, threads, processor
@@ -353,7 +365,6 @@ class Model:
         from kindling.train.fit import fit
         from kindling.train.settings import LoopSettings
 
-        own = self.preparation.targets[0].column if self.preparation.targets else "label"
         return fit(
             self,
             df,
@@ -378,12 +389,15 @@ class Model:
             optimizer=optimizer,
             schedule=schedule,
             loss=loss,
+            loss_weights=loss_weights,
             strategy=strategy,
             validation=validation,
+            metrics=metrics,
             workers=workers,
             threads=threads,
             run=run,
-            target=target or own,
+            target=target,
+            weight_column=weight_column,
             frozen_precision=frozen_precision,
             on_error=on_error,
             key=key,

@@ -21,7 +21,13 @@ def _state(value: float, rows: int, loss: float) -> dict[str, Any]:
         "average": [torch.tensor([value])],
         "best": None,
         "strategy": {"together": 0, "steps": 2, "rows": rows, "all": 8},
-        "progress": {"epoch": 3, "index": 7, "loss_sum": loss, "watch": (0.5, 1), "history": [{"loss": 1.0}]},
+        "progress": {
+            "epoch": 3,
+            "index": 7,
+            "sums": [[loss, float(rows)]] if rows else [],
+            "watch": (0.5, 1),
+            "history": [{"loss": 1.0}],
+        },
     }
 
 
@@ -39,7 +45,8 @@ def test_weights_are_averaged_by_rows_and_sums_are_kept(world: int) -> None:
         assert state["average"][0].tolist() == [3.0]
         assert (state["progress"]["epoch"], state["progress"]["index"]) == (3, 7)
         assert state["strategy"] == {"together": 0, "steps": 0, "rows": 0, "all": 0}
-    assert sum(state["progress"]["loss_sum"] for state in new) == 4.0
+    booked = [state["progress"]["sums"] for state in new]
+    assert booked == [[[4.0, 8.0]]] + [[]] * (world - 1)
     assert str(states) == str(before)
 
 

@@ -549,3 +549,56 @@ def test_the_settings_of_the_loop_reach_the_workers(spark: Any, tmp_path: Path) 
 def test_a_schedule_that_cannot_be_is_refused_before_anything_starts(spark: Any) -> None:
     with pytest.raises(ConfigError, match="gave a SGD"):
         fit(net(), frame(spark, blobs(20)), schedule=lambda optimizer: optimizer)
+
+
+class TwoHeads(nn.Module):
+    """Tags and a number from one trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.tags, self.size = nn.Linear(4, 16), nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.relu(self.trunk(x))
+        return {"tags": self.tags(x), "size": self.size(x)}
+
+
+def test_several_outputs_many_labels_and_weights_of_rows(spark: Any) -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(400, 4))
+    rows = [
+        (
+            f"p{i:03d}",
+            x.tolist(),
+            [name for name, value in zip("abc", x[:3], strict=True) if value > 0],
+            float(x.sum()) if i % 4 else 1000.0,
+            float(bool(i % 4)),  # what would spoil the sizes weighs nothing
+        )
+        for i, x in enumerate(points)
+    ]
+    df = spark.createDataFrame(
+        rows, "path string, features array<float>, tags array<string>, size float, importance float"
+    ).repartition(3)
+    torch.manual_seed(0)
+    model = kd.Model.of(TwoHeads(), shape=(4,), labels=["a", "b", "c"])
+    trained = fit(
+        model,
+        df,
+        target={"tags": "tags", "size": "size"},
+        loss_weights={"size": 0.1},
+        weight_column="importance",
+        validation=df.where("importance > 0").drop("importance"),
+        metrics={"tags_said": lambda outputs, _: (outputs["tags"] > 0).sum(1).double()},
+        epochs=20,
+        optimizer=partial(torch.optim.Adam, lr=0.01),
+    )
+    figures = trained.history[-1]["epochs"][-1]["validation"]
+    assert figures["label_accuracy"] > 0.95
+    assert figures["size.mean_absolute_error"] < 0.5
+    assert 1 < figures["tags_said"] < 2
+    assert [step.column for step in trained.preparation.targets] == ["tags", "size"]
+    assert trained.evaluate(df).loss == pytest.approx(figures["tags.loss"], rel=0.2)
+    again = fit(trained, df, epochs=1)  # it knows its targets
+    assert again.history[-1]["epochs"][-1]["loss"] > 0
+    with pytest.raises(ConfigError, match="Did you mean 'size'"):
+        fit(model, df, target={"tags": "tags", "sise": "size"})

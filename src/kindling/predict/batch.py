@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from kindling import ship
 from kindling.errors import ConfigError, DataError, did_you_mean
-from kindling.prepare import LabelStep, Preparation
+from kindling.prepare import LabelStep, ManyLabelsStep, Preparation
 from kindling.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -607,6 +607,10 @@ def evaluate(
     if isinstance(step, LabelStep):
         classes = len(step.labels)
         check_classifier(replace(model, labels=step.labels))
+    if isinstance(step, ManyLabelsStep) and loss is None:
+        from torch.nn import BCEWithLogitsLoss
+
+        loss = BCEWithLogitsLoss()
     _check_columns(df, model.preparation.columns(targets=True))
     spark = df.sparkSession
     chosen = choose_precision(model, df, precision)

@@ -1,7 +1,7 @@
 """Preparation: from raw columns to tensors, the same in training and in prediction."""
 
 from kindling.prepare.base import Packed, Preparation, Step, step_type
-from kindling.prepare.columns import ArrayStep, LabelStep, ScaledArrayStep, ValueStep
+from kindling.prepare.columns import ArrayStep, LabelStep, ManyLabelsStep, RowWeightStep, ScaledArrayStep, ValueStep
 from kindling.prepare.image import ImageStep
 from kindling.prepare.table import CategoryStep, NumberStep
 
@@ -10,9 +10,11 @@ __all__ = [
     "CategoryStep",
     "ImageStep",
     "LabelStep",
+    "ManyLabelsStep",
     "NumberStep",
     "Packed",
     "Preparation",
+    "RowWeightStep",
     "ScaledArrayStep",
     "Step",
     "ValueStep",

@@ -195,6 +195,90 @@ class LabelStep(Step):
         return torch.from_numpy(np.ascontiguousarray(arrays[self.name]))
 
 
+@step_type("many_labels")
+@dataclass(frozen=True)
+class ManyLabelsStep(Step):
+    """A list column of class names, any number of them in a row, as ones and zeros: float32, shape (N, labels).
+
+    >>> step = ManyLabelsStep("tags", "tags", ("cat", "dog", "cow"))
+    >>> packed = step.pack(pa.RecordBatch.from_pydict({"tags": [["dog", "cat"], [], ["pig"], None]}))
+    >>> step.batch(packed.arrays)
+    tensor([[1., 1., 0.],
+            [0., 0., 0.]])
+    >>> packed.errors
+    {2: "label 'pig' is none of the model's 3 labels", 3: "column 'tags' is null"}
+    """
+
+    name: str
+    column: str
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels):
+            repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+            raise ConfigError("labels", repeated, "are named twice", "Give each class one name")
+
+    @cached_property
+    def _index(self) -> pa.Array:
+        return pa.array([str(label) for label in self.labels], pa.string())
+
+    def packed_spec(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {self.name: ("uint8", (len(self.labels),))}
+
+    def pack(self, rows: pa.RecordBatch) -> Packed:
+        column = rows.column(rows.schema.get_field_index(self.column))
+        marks = np.zeros((len(column), len(self.labels)), np.uint8)
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+            why = f"column {self.column!r} is {column.type}, not a list of labels"
+            return Packed({self.name: marks[:0]}, dict.fromkeys(range(len(column)), why))
+        errors = _bad_rows(np.asarray(column.is_null()), f"column {self.column!r} is null")
+        names = as_text(column.flatten())
+        places = np.asarray(pc.list_parent_indices(column))
+        found = pc.fill_null(pc.index_in(names, self._index), -1).to_numpy(zero_copy_only=False)
+        for at in np.flatnonzero(found < 0).tolist():
+            name = names[at].as_py()
+            why = (
+                "a label is null"
+                if name is None
+                else f"label {name!r} is none of the model's {len(self.labels)} labels"
+            )
+            errors.setdefault(int(places[at]), why)
+        marks[places[found >= 0], found[found >= 0]] = 1
+        good = np.array([row not in errors for row in range(len(column))], bool)
+        return Packed({self.name: marks[good]}, dict(sorted(errors.items())))
+
+    def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
+        import torch
+
+        return torch.from_numpy(arrays[self.name].astype(np.float32))
+
+
+@step_type("row_weight")
+@dataclass(frozen=True)
+class RowWeightStep(ArrayStep):
+    """How much each row counts in training: a finite number, 0 or more.
+
+    >>> step = RowWeightStep("weight", "importance")
+    >>> packed = step.pack(pa.RecordBatch.from_pydict({"importance": [0.5, -1.0, None]}))
+    >>> packed.arrays["weight"], packed.errors
+    (array([0.5], dtype=float32), {1: "column 'importance' holds -1.0, not a weight", 2: "column 'importance' is null"})
+    """
+
+    shape: tuple[int, ...] = ()
+
+    def pack(self, rows: pa.RecordBatch) -> Packed:
+        packed = super().pack(rows)
+        values = packed.arrays[self.name]
+        wrong = ~np.isfinite(values) | (values < 0)
+        if not wrong.any():
+            return packed
+        errors = dict(packed.errors)
+        own = [row for row in range(rows.num_rows) if row not in errors]
+        for at in np.flatnonzero(wrong).tolist():
+            errors[own[at]] = f"column {self.column!r} holds {values[at]}, not a weight"
+        return Packed({self.name: values[~wrong]}, dict(sorted(errors.items())))
+
+
 @step_type("value")
 @dataclass(frozen=True)
 class ValueStep(ArrayStep):

@@ -30,7 +30,11 @@ def regroup(states: Sequence[Mapping[str, Any]], strategy: Strategy, rank: int, 
         key: blend([state[key] for state in states], shares) for key in states[0] if key not in ("strategy", "progress")
     }
     progress = dict(states[0]["progress"])
-    progress["loss_sum"] = math.fsum(state["progress"]["loss_sum"] for state in states) if rank == 0 else 0.0
+    sums = [state["progress"]["sums"] for state in states if state["progress"]["sums"]]
+    if rank == 0 and sums:
+        progress["sums"] = [[math.fsum(side) for side in zip(*term, strict=True)] for term in zip(*sums, strict=True)]
+    else:
+        progress["sums"] = []
     return {**merged, "progress": progress, "strategy": strategy.regroup(old, rank, world)}
 
 

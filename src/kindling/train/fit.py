@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -32,6 +32,7 @@ from kindling.train.listener import Listener
 from kindling.train.progress import TrainingBar
 from kindling.train.settings import ON_ERROR, LoopSettings, UserCode, WorkerSpec, silence_s
 from kindling.train.table import Table
+from kindling.train.targets import read_targets
 from kindling.train.worker import NO_ROWS, REPORT_SCHEMA, run_worker
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     from kindling.model import Model
     from kindling.storage import Place
     from kindling.surgery import Split
+    from kindling.train.figures import Metric
+    from kindling.train.objective import Objective
     from kindling.train.strategies import Strategy
+    from kindling.train.targets import Loss
 
     OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
@@ -56,13 +60,16 @@ def fit(
     settings: LoopSettings,
     optimizer: OptimizerFactory | None,
     schedule: Callable[..., Any] | None,
-    loss: Callable[..., Tensor] | None,
+    loss: Loss | Mapping[str, Loss] | None,
+    loss_weights: Mapping[str, float] | None,
+    metrics: Mapping[str, Metric] | None,
     strategy: Strategy | None,
     validation: DataFrame | None,
     workers: int | None,
     threads: int,
     run: str | Path | None,
-    target: str,
+    target: str | Mapping[str, str] | None,
+    weight_column: str | None,
     frozen_precision: str,
     on_error: str,
     key: str | None,
@@ -77,8 +84,10 @@ def fit(
         raise ConfigError("on_error", on_error, "is not a way to treat broken rows", f"Use one of {ON_ERROR}")
     spark = df.sparkSession
     began = time.time()
-    labels, target_step = preflight.read_target(model, df, target, loss)
-    preparation = Preparation(model.preparation.inputs, (target_step,))
+    targets = read_targets(model, df, target, loss, loss_weights, weight_column)
+    preparation = Preparation(model.preparation.inputs, targets.packed)
+    if validation is not None and weight_column is not None and weight_column not in validation.columns:
+        validation = _weighted_alike(validation, weight_column)
     needed = preparation.columns(targets=True)
     key_columns = preflight.place_columns(df, needed, key)
     for frame, name in ((df, "the training data"), (validation, "the validation data")):
@@ -87,11 +96,12 @@ def fit(
     split, tail, tail_signature, tail_preparation = _cut(model, preparation)
     code = UserCode(
         optimizer=optimizer or preflight.default_optimizer,
-        loss=loss or preflight.default_loss(target_step),
+        loss=targets.objective,
         strategy=strategy or AllReduce(),
         schedule=schedule,
+        metrics=dict(metrics or {}),
     )
-    classes = preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, labels)
+    preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, targets.labels)
     workers = preflight.workers_for(spark, workers)
     plain = preflight.without_barrier(spark)
 
@@ -126,8 +136,8 @@ def fit(
             signature=tail_signature.to_json(),
             preparation=tail_preparation.to_json(),
             frozen=model.frozen,
-            classes=classes,
-            code=ship.pickled(code, "optimizer, loss, schedule"),
+            classes=targets.classes,
+            code=ship.pickled(code, "optimizer, loss, schedule, metrics"),
             run_directory=place.path if place else None,
             directory_asked=run is not None,
             beacon=beacon,
@@ -179,8 +189,8 @@ def fit(
         fitted = replace(
             model,
             module=surgery.join(split.prefix, module, split) if split else module,
-            preparation=preparation,
-            labels=labels,
+            preparation=Preparation(model.preparation.inputs, targets.steps),
+            labels=targets.labels,
             history=(*model.history, record),
         )
         if place and run is not None:
@@ -269,12 +279,20 @@ def _describe(
         "threads": spec.threads,
         "strategy": {"name": type(code.strategy).__name__, **asdict(code.strategy)},
         "optimizer": _plain(code.optimizer),
-        "loss": _plain(code.loss),
+        "loss": _described(code.loss),
+        "metrics": {name: _plain(metric) for name, metric in code.metrics.items()},
         "schedule": None if code.schedule is None else _plain(code.schedule),
         "key": list(key_columns),
         "prefix_precision": prefix[1] if prefix else None,
         "versions": {"kindling": kindling.__version__, "torch": torch.__version__, "pyspark": pyspark.__version__},
     }
+
+
+def _described(objective: Objective) -> Any:
+    """A loss by its name, or what makes up several."""
+    if len(objective.terms) == 1:
+        return _plain(objective.terms[0].loss)
+    return {term.output: {"loss": _plain(term.loss), "weight": term.weight} for term in objective.terms}
 
 
 def _plain(thing: Any) -> str:
@@ -295,6 +313,13 @@ def _packed(df: DataFrame, pack: spool.PackSpec, needed: Sequence[str], key_colu
     hashed = F.xxhash64(*(F.col(_quoted(name)) for name in key_columns))
     ready = df.select(*columns, hashed.alias(spool.HASH), key.alias(spool.KEY))
     return ready.mapInArrow(ship.guard(partial(spool.pack_rows, pack)), spool.BLOB_SCHEMA)
+
+
+def _weighted_alike(df: DataFrame, column: str) -> DataFrame:
+    """Validation rows count alike, with or without weights; the workers' columns are the same for both streams."""
+    from pyspark.sql import functions as F
+
+    return df.withColumn(column, F.lit(1.0))
 
 
 def _quoted(name: str) -> str:

@@ -1,8 +1,9 @@
 """The training loop of one worker: epochs, steps, validation. No Spark, no sockets, no files.
 
 Rows come from `Feed`, agreement between workers from a strategy through `Comms`, and what happens is told to `Hooks`.
-Around a step stand rooms of their own: the loss (`losses.py`), learning rates (`rates.py`), the running average of the
-weights (`running_average.py`), reasons to end early (`stopping.py`). Run with `SoloComms` it is plain torch training.
+Around a step stand rooms of their own: the loss (`objective.py`), what is measured (`figures.py`), learning rates
+(`rates.py`), the running average of the weights (`running_average.py`), reasons to end early (`stopping.py`). Run with
+`SoloComms` it is plain torch training.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch import Tensor
 
 from kindling import surgery
 from kindling.errors import ConfigError, TrainingError, did_you_mean
-from kindling.evaluate import Tally, loss_rows, merge_all
 from kindling.prepare import Preparation
 from kindling.signature import Signature
 from kindling.train import devices
 from kindling.train.feed import Feed, Slice
-from kindling.train.losses import LossFunction, compute_loss
+from kindling.train.figures import Figures, Metric
+from kindling.train.objective import LossFunction, Objective
 from kindling.train.order import OrderPlan, mix, plan_order
 from kindling.train.rates import Rates, ScheduleFactory
 from kindling.train.running_average import RunningAverage
@@ -76,8 +77,8 @@ class Progress:
     """The epoch at work, from 1; past the last one when training is over."""
     index: int = 0
     """Steps of it that are done."""
-    loss_sum: float = 0.0
-    """Over this worker's rows of the epoch so far, each row's loss."""
+    sums: list[list[float]] = field(default_factory=list)
+    """Of this worker's rows of the epoch so far, for each term of the objective: loss times mass, and mass."""
     validations: list[dict[str, Any]] = field(default_factory=list)
     """Of this epoch, each with its step."""
     seconds: float = 0.0
@@ -111,7 +112,7 @@ class Loop:
     comms: Comms
     signature: Signature
     preparation: Preparation
-    loss: LossFunction
+    loss: LossFunction | Objective
     feed: Feed
     counts_V: np.ndarray
     """Rows of each virtual shard over all workers."""
@@ -120,6 +121,7 @@ class Loop:
     validation: Feed | None = None
     """This worker's rows of the validation data; None where there is none at all, on every worker."""
     classes: int | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     schedule: ScheduleFactory | None = None
     device: str = devices.CPU
     """Where the module is and the steps are computed."""
@@ -162,6 +164,10 @@ class Loop:
             self.strategy.close(self.replica)
         self._finish()
         return progress.history
+
+    @cached_property
+    def _objective(self) -> Objective:
+        return Objective.of(self.loss, self.signature, self.preparation)
 
     @cached_property
     def _plan(self) -> OrderPlan:
@@ -224,7 +230,6 @@ class Loop:
         while progress.index < plan.steps and not progress.stopped:
             rows_W = plan.rows_TW[progress.index]
             value = self._train_step(slices, rows_W, clock)
-            progress.loss_sum += value * int(rows_W[comms.rank])
             progress.index += 1
             last = progress.index == plan.steps
             now = time.perf_counter()
@@ -243,12 +248,11 @@ class Loop:
         self._close_epoch(clock, time.perf_counter() - began, comms.bytes_sent - sent)
 
     def _close_epoch(self, clock: Clock, seconds: float, bytes_sent: int) -> None:
-        comms, settings, progress = self.comms, self.settings, self._progress
-        losses = comms.gather(np.array([progress.loss_sum]).view(np.int64))
+        settings, progress = self.settings, self._progress
         rows = self._rows_done()
         record: dict[str, Any] = {
             "epoch": progress.epoch,
-            "loss": math.fsum(float(part.view(np.float64)[0]) for part in losses) / rows,
+            "loss": self._epoch_loss(),
             "rows": rows,
             "steps": progress.index,
             "lr": self._rates.now(),
@@ -281,10 +285,17 @@ class Loop:
         self.hooks.on_event("epoch", **{**record, "step": step})
         if progress.stopped:
             self.hooks.on_event("stopped", step=step, epoch=progress.epoch, reason=progress.stopped)
-        progress.epoch, progress.index, progress.loss_sum, progress.validations = progress.epoch + 1, 0, 0.0, []
+        progress.epoch, progress.index, progress.sums, progress.validations = progress.epoch + 1, 0, [], []
         over = progress.epoch > settings.epochs or bool(progress.stopped)
         if over or (progress.epoch - 1) % settings.checkpoint_every == 0:
             self.hooks.on_checkpoint(step, self.state())
+
+    def _epoch_loss(self) -> float:
+        """The mean loss over all workers' rows of the epoch, as the steps found it."""
+        own = np.array(self._progress.sums or [[0.0, 0.0]] * len(self._objective.terms))
+        parts = [part.view(np.float64).reshape(-1, 2) for part in self.comms.gather(own.reshape(-1).view(np.int64))]
+        sums = [[math.fsum(part[term][side] for part in parts) for side in (0, 1)] for term in range(len(own))]
+        return self._objective.total([total / mass if mass else 0.0 for total, mass in sums])
 
     def _between_steps(self) -> None:
         """What may be due after a step that is not the last of its epoch."""
@@ -322,7 +333,8 @@ class Loop:
                 value = self._closed_step(batches, rows_W)
             else:
                 replica.optimizer.zero_grad(set_to_none=True)
-                value = self._gradients(batches, rows_W)
+                means, masses, _ = self._gradients(batches, rows_W)
+                value = self._book(means, masses)
                 clock.lap("compute")
                 self._state = strategy.on_gradients(replica, self._state, rows_W, comms)
                 clock.lap("communicate")
@@ -353,42 +365,82 @@ class Loop:
         Returns: this worker's loss at the first look.
         """
         comms, replica, strategy = self.comms, self.replica, self.strategy
-        values: list[float] = []
+        looks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         together = strategy.steps_together(self._state)
 
         def closure() -> float:
             replica.optimizer.zero_grad(set_to_none=True)
-            scale = strategy.loss_scale(rows_W, comms.rank, self._state)
-            values.append(self._gradients(batches, rows_W))
+            means, masses, scales = self._gradients(batches, rows_W)
+            looks.append((means, masses, scales))
             self._state = strategy.on_gradients(replica, self._state, rows_W, comms)
             self._clip()
-            loss = torch.tensor(values[-1] * scale, dtype=torch.float64)
+            loss = torch.tensor(self._objective.total((means * scales).tolist()), dtype=torch.float64)
             return float(comms.all_reduce(loss) if together else loss)
 
         if batches or together:
             replica.optimizer.step(closure)
-        return values[0] if values else 0.0
+        return self._book(*looks[0][:2]) if looks else 0.0
 
-    def _gradients(self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], rows_W: np.ndarray) -> float:
-        """Add up the gradients of a step's parts, each counted by its rows; returns the mean loss of a row."""
-        rows = sum(count for count, _ in batches)
-        scale = self.strategy.loss_scale(rows_W, self.comms.rank, self._state)
-        total = 0.0
-        for part, (count, batch) in enumerate(batches, 1):
+    def _gradients(
+        self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], rows_W: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Add up the gradients of a step's parts, each term's counted by its mass.
+
+        Returns: for each term the mean loss over this worker's rows of the step, its mass, and what the mean counts
+            for in the step of all workers; float64, shape (terms,).
+        """
+        objective, strategy = self._objective, self.strategy
+        masses = [objective.masses(batch, count) for count, batch in batches]
+        own = np.sum(masses, axis=0) if masses else np.zeros(len(objective.terms))
+        scales = self._scales(own, rows_W)
+        means = np.zeros(len(own))
+        for part, ((_, batch), mass) in enumerate(zip(batches, masses, strict=True), 1):
             if part == len(batches):
-                self.strategy.on_backward(self.replica, self._state, rows_W, self.comms)
-            loss = compute_loss(self.replica.module, self.signature, batch, self.loss, self.settings.precision)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss became {value} in epoch {self._progress.epoch}, step {self._step + 1} "
-                    f"(worker {self.comms.rank}). What helps most often: a smaller learning rate, scaled inputs, "
-                    "a look for values that are no numbers."
-                )
-            factor = scale * (count / rows)
-            (loss * factor if factor != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
-            total += value * (count / rows)
-        return total
+                strategy.on_backward(self.replica, self._state, rows_W, self.comms)
+            shares = mass / np.where(own, own, 1.0)
+            losses = objective.losses(self.replica.module, self.signature, batch, self.settings.precision)
+            total: Tensor | None = None
+            for place, (term, loss) in enumerate(zip(objective.terms, losses, strict=True)):
+                if not mass[place]:  # no row of this part counts: 0 / 0
+                    continue
+                value = float(loss.detach())
+                self._check_finite(value)
+                factor = float(term.weight * scales[place] * shares[place])
+                counted = loss * factor if factor != 1.0 else loss
+                total = counted if total is None else total + counted
+                means[place] += value * shares[place]
+            if total is not None:
+                total.backward()  # type: ignore[no-untyped-call]
+        return means, own, scales
+
+    def _scales(self, own: np.ndarray, rows_W: np.ndarray) -> np.ndarray:
+        """What each term's mean over this worker's rows counts in the step, by its mass: shape (terms,)."""
+        comms, strategy = self.comms, self.strategy
+        scale = strategy.loss_scale(rows_W, comms.rank, self._state)
+        if self._objective.counts_rows or comms.world == 1 or not strategy.steps_together(self._state):
+            return np.full(len(own), scale)
+        masses_WK = np.stack([part.view(np.float64) for part in comms.gather(own.view(np.int64))])
+        scales = [
+            strategy.loss_scale(of_all, comms.rank, self._state) if of_all.any() else 0.0 for of_all in masses_WK.T
+        ]
+        return np.array(scales)
+
+    def _book(self, means: np.ndarray, masses: np.ndarray) -> float:
+        """Count a step's losses towards the epoch's; returns them as one number."""
+        sums = self._progress.sums or [[0.0, 0.0] for _ in means]
+        self._progress.sums = [
+            [total + float(mean * mass), counted + float(mass)]
+            for (total, counted), mean, mass in zip(sums, means, masses, strict=True)
+        ]
+        return float(self._objective.total(means.tolist()))
+
+    def _check_finite(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss became {value} in epoch {self._progress.epoch}, step {self._step + 1} "
+                f"(worker {self.comms.rank}). What helps most often: a smaller learning rate, scaled inputs, "
+                "a look for values that are no numbers."
+            )
 
     def _clip(self) -> None:
         """Bound the gradients that the optimizer is about to use."""
@@ -405,21 +457,12 @@ class Loop:
         assert self.validation is not None
         with self._shown_weights(alike=alike):
             self.replica.module.eval()
-            tally = Tally(self.classes)
-            (target_name,) = (step.name for step in self.preparation.targets)
+            measured = Figures(self._objective, self.preparation.targets, self.classes, self.metrics)
             with torch.inference_mode():
                 for rows in self.validation.in_order(_VALIDATION_BATCH):
                     batch = self._batch(rows)
-                    outputs = self.signature.call(self.replica.module, batch)
-                    scores = next(iter(outputs.values()))
-                    targets = batch[target_name]
-                    tally.update(scores, targets, loss_rows(self.loss, scores, targets))
-        report = merge_all(self.classes, self.comms.gather(tally.to_vector())).report()
-        figures: dict[str, Any] = {"rows": report.rows, "loss": report.loss}
-        if self.classes is not None:
-            figures |= {"accuracy": report.accuracy, "top5": report.top5}
-        else:
-            figures |= {"mean_absolute_error": report.mean_absolute_error}
+                    measured.update(self.signature.call(self.replica.module, batch), batch)
+        figures = measured.merged(self.comms)
         self._progress.validations.append({"step": self._step, **figures})
         self.hooks.on_event("validation", step=self._step, epoch=self._progress.epoch, **figures)
         self._observe(figures, alike=alike)

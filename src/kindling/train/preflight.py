@@ -11,11 +11,11 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kindling import ship
 from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
-from kindling.prepare import LabelStep, Preparation, Step, ValueStep
+from kindling.prepare import Preparation
 from kindling.randomness import borrowed
 from kindling.signature import Signature
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
     from torch import Tensor, nn
 
-    from kindling.model import Model
     from kindling.train.settings import LoopSettings, UserCode
 
     OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
@@ -34,46 +33,6 @@ _LOG = logging.getLogger("kindling.fit")
 _BARRIER_TIMEOUT = "spark.barrier.sync.timeout"
 _LONG_WAIT_S = 1800
 _UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-
-
-def read_target(
-    model: Model, df: DataFrame, target: str, loss: Callable[..., Any] | None
-) -> tuple[tuple[str, ...] | None, Step]:
-    """Labels and the step that reads the target column: what the model says, else what the column and the loss say."""
-    import torch
-
-    if target not in df.columns:
-        raise DataError(
-            f"the training data has no column {target!r} to learn.{did_you_mean(target, df.columns)} "
-            "Name it with target=..."
-        )
-    if model.labels is not None:
-        return model.labels, LabelStep("target", target, model.labels)
-    kind = dict(df.dtypes)[target]
-    if kind == "string":
-        raise DataError(
-            f"column {target!r} holds text, and the model has no labels. "
-            "Give them: model.then(..., labels=kindling.labels(df)), or model.with_labels(...)."
-        )
-    whole = kind in ("tinyint", "smallint", "int", "bigint", "boolean")
-    classifies = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) or (loss is None and whole)
-    if not classifies:
-        size = next(iter(model.signature.outputs.values())).shape[1:]
-        listed = kind.startswith("array")
-        return None, ValueStep("target", target, tuple(int(n) for n in size) if listed else ())
-    width = _classes_of(model.signature)
-    names = tuple(str(index) for index in range(width))
-    return names, LabelStep("target", target, names)
-
-
-def _classes_of(signature: Signature) -> int:
-    (name, spec), *_ = signature.outputs.items()
-    width = spec.shape[-1] if len(spec.shape) == 2 else None
-    if not isinstance(width, int):
-        raise ModelError(
-            f"output {name!r} has shape {spec.shape}, so how many classes there are cannot be told. Give labels."
-        )
-    return width
 
 
 def place_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[str]:
@@ -98,12 +57,6 @@ def check_columns(df: DataFrame, needed: Sequence[str], name: str) -> None:
             )
 
 
-def default_loss(target: Step) -> Callable[..., Tensor]:
-    import torch
-
-    return torch.nn.CrossEntropyLoss() if isinstance(target, LabelStep) else torch.nn.MSELoss()
-
-
 def default_optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     import torch
 
@@ -118,17 +71,16 @@ def rehearse(
     code: UserCode,
     settings: LoopSettings,
     labels: tuple[str, ...] | None,
-) -> int | None:
+) -> None:
     """One forward and backward pass of made-up rows on the driver: shapes, dtypes, labels and the user's code fit.
 
-    Returns: the number of classes, or None for regression.
     Raises: ModelError, ConfigError, TrainingError: what does not fit.
     """
     import numpy as np
     import torch
 
     from kindling import surgery
-    from kindling.train.losses import compute_loss
+    from kindling.train.objective import Objective
     from kindling.train.rates import make_schedule
 
     rng = np.random.default_rng(0)
@@ -145,8 +97,8 @@ def rehearse(
         )
     with borrowed():
         batch = preparation.batch(arrays, targets=True)
-        value = compute_loss(copied, signature, batch, code.loss, settings.precision)
-        value.backward()  # type: ignore[no-untyped-call]
+        objective = Objective.of(code.loss, signature, preparation)
+        torch.stack(objective.losses(copied, signature, batch, settings.precision)).sum().backward()  # type: ignore[no-untyped-call]
         outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
     if labels is not None:
         width = outputs.shape[1] if outputs.dim() == 2 else 0
@@ -166,7 +118,6 @@ def rehearse(
         )
     if code.schedule is not None:
         make_schedule(code.schedule, made, settings.epochs)
-    return len(labels) if labels is not None else None
 
 
 def slots(spark: SparkSession, patience_s: float = 20.0, wanted: int = 1) -> int | None:

@@ -140,9 +140,11 @@ class UserCode:
     """What the user gives as Python objects; travels as bytes (`WorkerSpec.code`)."""
 
     optimizer: Callable[..., Any]
-    loss: Callable[..., Any]
+    loss: Any
+    """An `Objective`, or one loss function."""
     strategy: Any
     schedule: Callable[..., Any] | None = None
+    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -326,6 +326,7 @@ class _Worker:
             signature=Signature.from_json(spec.signature),
             preparation=Preparation.from_json(spec.preparation),
             loss=code.loss,
+            metrics=code.metrics,
             schedule=code.schedule,
             feed=feed,
             counts_V=plan.counts_V,
@@ -460,7 +461,7 @@ def _classes_seen(feed: Any, spec: WorkerSpec) -> list[int]:
     """At most two of the classes that occur here: enough to know whether there is more than one."""
     from kindling.prepare import Preparation
 
-    (name,) = (step.name for step in Preparation.from_json(spec.preparation).targets)
+    (name, *_) = (step.name for step in Preparation.from_json(spec.preparation).targets)
     values = feed.column(name)
     return [int(value) for value in np.unique(values)[:2]] if len(values) else []
 

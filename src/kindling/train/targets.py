@@ -1,0 +1,157 @@
+"""What is to be learned: target columns, the steps that read them, and the objective made of their losses.
+
+What the user leaves open is told by the model's labels, the columns' types and the losses. Looks at a DataFrame's
+columns, and never at its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
+from kindling.prepare import LabelStep, ManyLabelsStep, RowWeightStep, Step, ValueStep
+from kindling.signature import TensorSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from kindling.model import Model
+    from kindling.train.objective import Objective
+
+Loss = Callable[..., Any]
+_WEIGHT = "row weight"
+_WHOLE = ("tinyint", "smallint", "int", "bigint", "boolean")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What was found."""
+
+    steps: tuple[Step, ...]
+    """Of the targets; they stay with the model."""
+    weight: Step | None
+    """Of the rows' weights; only training needs it."""
+    labels: tuple[str, ...] | None
+    """Class names of the first output."""
+    objective: Objective
+
+    @property
+    def packed(self) -> tuple[Step, ...]:
+        return self.steps if self.weight is None else (*self.steps, self.weight)
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the first output tells apart, or None."""
+        first = self.steps[0]
+        return len(first.labels) if isinstance(first, LabelStep) else None
+
+
+def read_targets(
+    model: Model,
+    df: DataFrame,
+    target: str | Mapping[str, str] | None,
+    loss: Loss | Mapping[str, Loss] | None,
+    loss_weights: Mapping[str, float] | None,
+    weight_column: str | None,
+) -> Targets:
+    """Targets, labels and objective.
+
+    Args:
+        target: a column, for the net's first output; or the columns of several outputs by the outputs' names.
+        loss: one for all of them, or some by the outputs' names; others get the usual one for their target.
+        loss_weights: by the outputs' names; others count 1.
+    Raises: ConfigError, DataError, ModelError: what does not fit.
+    """
+    from kindling.train.objective import Objective, Term
+
+    outputs = model.signature.outputs
+    columns = _columns(model, target)
+    for field, given in (("target", columns), ("loss", loss), ("loss_weights", loss_weights)):
+        for output in given if isinstance(given, Mapping) else ():
+            if output not in outputs or output not in columns:
+                known = did_you_mean(output, outputs if field == "target" else columns)
+                raise ConfigError(field, output, f"is no output with a target.{known}", "Name one of them")
+    losses = loss if isinstance(loss, Mapping) else dict.fromkeys(columns, loss)
+    weights = loss_weights or {}
+    for output, value in weights.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ConfigError("loss_weights", {output: value}, "is no weight", "Use numbers above 0")
+    steps: list[Step] = []
+    terms: list[Term] = []
+    labels: tuple[str, ...] | None = None
+    for place, (output, column) in enumerate(columns.items()):
+        name = "target" if len(columns) == 1 else f"target {output}"
+        own = model.labels if output == next(iter(outputs)) else None
+        names, step = _read(df, column, name, outputs[output], output, own, losses.get(output))
+        labels = names if place == 0 else labels
+        steps.append(step)
+        terms.append(Term(output, name, losses.get(output) or usual_loss(step), float(weights.get(output, 1.0))))
+    weight = None if weight_column is None else RowWeightStep(_WEIGHT, weight_column)
+    objective = Objective(tuple(terms), None if weight is None else weight.name)
+    return Targets(tuple(steps), weight, labels, objective)
+
+
+def _columns(model: Model, target: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Target column of each output that has one."""
+    first = next(iter(model.signature.outputs))
+    if isinstance(target, str):
+        return {first: target}
+    if target is not None:
+        if not target:
+            raise ConfigError("target", target, "names nothing to learn", "Name a column, or one for each output")
+        return dict(target)
+    known = model.preparation.targets
+    if len(known) > 1:
+        return {step.name.removeprefix("target "): step.column for step in known}
+    return {first: known[0].column if known else "label"}
+
+
+def _read(
+    df: DataFrame,
+    column: str,
+    name: str,
+    output: TensorSpec,
+    output_name: str,
+    labels: tuple[str, ...] | None,
+    loss: Loss | None,
+) -> tuple[tuple[str, ...] | None, Step]:
+    """Labels and the step of one target: what the model says, else what the column and the loss say."""
+    import torch
+
+    if column not in df.columns:
+        raise DataError(
+            f"the training data has no column {column!r} to learn.{did_you_mean(column, df.columns)} "
+            "Name it with target=..."
+        )
+    kind = dict(df.dtypes)[column]
+    listed, text = kind.startswith("array"), "string" in kind
+    if labels is not None and not (listed and not text):
+        return labels, (ManyLabelsStep if listed else LabelStep)(name, column, labels)
+    if text:
+        raise DataError(
+            f"column {column!r} holds text, and the model has no labels. "
+            "Give them: model.then(..., labels=kindling.labels(df)), or model.with_labels(...)."
+        )
+    whole = kind in _WHOLE
+    classifies = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) or (loss is None and whole)
+    if listed or not classifies:
+        return labels, ValueStep(name, column, tuple(int(n) for n in output.shape[1:]) if listed else ())
+    width = output.shape[-1] if len(output.shape) == 2 else None
+    if not isinstance(width, int):
+        raise ModelError(
+            f"output {output_name!r} has shape {output.shape}, so how many classes there are cannot be told. "
+            "Give labels."
+        )
+    names = tuple(str(index) for index in range(width))
+    return names, LabelStep(name, column, names)
+
+
+def usual_loss(target: Step) -> Loss:
+    """Cross entropy for classes, binary cross entropy for any number of labels, squared error for numbers."""
+    import torch
+
+    if isinstance(target, LabelStep):
+        return torch.nn.CrossEntropyLoss()
+    return torch.nn.BCEWithLogitsLoss() if isinstance(target, ManyLabelsStep) else torch.nn.MSELoss()
