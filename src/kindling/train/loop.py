@@ -31,6 +31,7 @@ from kindling.train.figures import Figures, Metric
 from kindling.train.objective import LossFunction, Objective
 from kindling.train.order import OrderPlan, mix, plan_order
 from kindling.train.rates import Rates, ScheduleFactory
+from kindling.train.row_dropout import seed_by_row
 from kindling.train.running_average import RunningAverage
 from kindling.train.settings import LoopSettings
 from kindling.train.stopping import Consent, Watch, observe
@@ -38,6 +39,8 @@ from kindling.train.strategies import Comms, Replica, State, Strategy
 
 _VALIDATION_BATCH = 256
 _STEP_EVENT_EVERY_S = 0.25
+_DROPOUT = 1
+"""Tells the draws of dropout from those of the order."""
 
 
 class Hooks(Protocol):
@@ -151,6 +154,7 @@ class Loop:
         )
         if restored is not None:
             self._restore(restored)
+        self._draws = seed_by_row(self.replica.module)
         progress = self._progress
         until_s = None if settings.max_seconds is None else self._began + settings.max_seconds - progress.seconds
         asked = self.hooks.stop_asked if self.may_be_asked else None
@@ -325,7 +329,7 @@ class Loop:
         devices.seed(int(salt >> np.uint64(1)), self.device)
         rng = np.random.default_rng(int(salt))
         parts = next(slices).parts(settings.accumulate)
-        batches = [(len(part), self._batch(part, rng)) for part in parts]
+        batches = [(part, self._batch(part, rng)) for part in parts]
         clock.lap("data")
         together = strategy.steps_together(self._state)
         with self._rates.at(step):
@@ -359,7 +363,7 @@ class Loop:
         closure = inspect.signature(type(self.replica.optimizer).step).parameters.get("closure")
         return closure is not None and closure.default is inspect.Parameter.empty
 
-    def _closed_step(self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], rows_W: np.ndarray) -> float:
+    def _closed_step(self, batches: Sequence[tuple[Slice, Mapping[str, Tensor]]], rows_W: np.ndarray) -> float:
         """A step of an optimizer that calls for the loss itself; where replicas agree, all see one loss, as often.
 
         Returns: this worker's loss at the first look.
@@ -382,7 +386,7 @@ class Loop:
         return self._book(*looks[0][:2]) if looks else 0.0
 
     def _gradients(
-        self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], rows_W: np.ndarray
+        self, batches: Sequence[tuple[Slice, Mapping[str, Tensor]]], rows_W: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Add up the gradients of a step's parts, each term's counted by its mass.
 
@@ -390,13 +394,14 @@ class Loop:
             for in the step of all workers; float64, shape (terms,).
         """
         objective, strategy = self._objective, self.strategy
-        masses = [objective.masses(batch, count) for count, batch in batches]
+        masses = [objective.masses(batch, len(part)) for part, batch in batches]
         own = np.sum(masses, axis=0) if masses else np.zeros(len(objective.terms))
         scales = self._scales(own, rows_W)
         means = np.zeros(len(own))
-        for part, ((_, batch), mass) in enumerate(zip(batches, masses, strict=True), 1):
-            if part == len(batches):
+        for number, ((part, batch), mass) in enumerate(zip(batches, masses, strict=True), 1):
+            if number == len(batches):
                 strategy.on_backward(self.replica, self._state, rows_W, self.comms)
+            self._draws.begin(mix(part.hashes, self.settings.seed, self._progress.epoch, _DROPOUT))
             shares = mass / np.where(own, own, 1.0)
             losses = objective.losses(self.replica.module, self.signature, batch, self.settings.precision)
             total: Tensor | None = None
