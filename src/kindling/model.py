@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kindling.errors import ConfigError, FormatError, ModelError, did_you_mean
-from kindling.prepare import ArrayStep, LabelStep, Preparation, Step
+from kindling.prepare import ArrayStep, Augmentation, LabelStep, Preparation, Step
 from kindling.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -279,6 +279,7 @@ class Model:
         metrics: Mapping[str, Metric] | None = None,
         target: str | Mapping[str, str] | None = None,
         weight_column: str | None = None,
+        augment: Mapping[str, Sequence[Augmentation]] | Sequence[Augmentation] | None = None,
         workers: int | None = None,
         threads: int = 1,
         seed: int = 0,
@@ -325,6 +326,9 @@ class Model:
                 Where several outputs have targets, they get dicts by the outputs' names.
             target: the column to learn; the model's own (`"label"` at first) if None. For a net with several outputs,
                 columns by the outputs' names.
+            augment: changes to images that each row draws anew in every epoch, in training only:
+                `[kindling.prepare.RandomCrop(4), kindling.prepare.RandomFlip()]`; by the inputs' names for a net with
+                several inputs of images. A frozen front is then run in every step.
             weight_column: what each row counts; a weight of 2 is as good as the row twice.
             workers: tasks that train at the same time; as many as the session has slots for if None.
             threads: computing threads of each worker.
@@ -398,6 +402,7 @@ class Model:
             run=run,
             target=target,
             weight_column=weight_column,
+            augment=augment,
             frozen_precision=frozen_precision,
             on_error=on_error,
             key=key,

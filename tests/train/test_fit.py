@@ -602,3 +602,25 @@ def test_several_outputs_many_labels_and_weights_of_rows(spark: Any) -> None:
     assert again.history[-1]["epochs"][-1]["loss"] > 0
     with pytest.raises(ConfigError, match="Did you mean 'size'"):
         fit(model, df, target={"tags": "tags", "sise": "size"})
+
+
+def test_photos_are_changed_in_training_alone(spark: Any, photos: Path) -> None:
+    """A frozen front is then run in every step, on what each epoch draws."""
+    df = kd.read.images(str(photos), spark=spark)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh())
+    trunk = kd.Model.of(module, inputs=kd.prepare.ImageStep("photo", size=(8, 8), channels="L", scale=1 / 255))
+    model = trunk.freeze().then(nn.Linear(16, 3), labels=kd.labels(df))
+    options: dict[str, Any] = {"epochs": 6, "validation": df, "optimizer": partial(torch.optim.Adam, lr=0.03)}
+    changes = [kd.prepare.RandomCrop(1), kd.prepare.RandomColor(0.1, 0.1)]
+    trained = fit(model, df, augment=changes, **options)
+    last = trained.history[-1]["epochs"][-1]
+    assert last["validation"]["accuracy"] > 0.8
+    assert trained.evaluate(df).loss == pytest.approx(last["validation"]["loss"], rel=1e-4)
+    for name, value in trunk.module.state_dict().items():
+        assert any(torch.equal(value, other) for other in trained.module.state_dict().values()), name
+    assert digest(trained) == digest(fit(model, df, augment=changes, **options))
+    assert digest(trained) != digest(fit(model, df, **options))
+    assert trained.history[-1]["augment"]["photo"][0] == {"kind": "crop", "padding": 1, "fill": "edge"}
+    with pytest.raises(ConfigError, match="fits one input of images"):
+        fit(net(), frame(spark, blobs(20)), augment=changes)

@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from train_loops import SGD, batches, clouds, net, same, train
+from train_loops import SGD, batches, clouds, hashes_of, net, same, train
 
 from kindling.errors import ConfigError
+from kindling.prepare import ImageStep, LabelStep, Preparation, RandomCrop, RandomFlip
+from kindling.prepare.augment import RowDraws, augmented
+from kindling.signature import Signature, TensorSpec
 from kindling.train.loop import Loop
+from kindling.train.order import mix
 from kindling.train.settings import EarlyStopping, LoopSettings
 from kindling.train.strategies import AllReduce, ParameterAveraging
 
@@ -345,3 +349,45 @@ def test_early_stopping_that_cannot_work_is_refused(setting: str, value: object)
 def test_what_is_no_schedule_is_refused(schedule: Any) -> None:
     with pytest.raises(ConfigError, match="Give a function of the optimizer"):
         train(clouds(20), loop={"schedule": schedule})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_images_are_changed_by_row_and_epoch_and_only_in_training(world: int) -> None:
+    """The net writes down what it is shown: it is what `augmented` says of each row, and the plain image in between."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 6, 6, 1), np.uint8)
+    steps = (RandomCrop(1), RandomFlip())
+    seen: list[tuple[bool, bytes]] = []
+
+    class Watch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pixels = x.detach().permute(0, 2, 3, 1).to(torch.uint8).contiguous().numpy()
+            seen.extend((self.training, one.tobytes()) for one in pixels)
+            return x.flatten(1)
+
+    columns = {"x": images, "target": clouds(30)["target"]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(Watch(), nn.Linear(36, 3))
+    options: dict[str, Any] = {
+        "module": module,
+        "epochs": 2,
+        "seed": 5,
+        "optimizer": partial(torch.optim.SGD, lr=1e-4),
+        "validation": columns,
+        "batch_size": 12 // world,
+        "loop": {
+            "signature": Signature({"x": TensorSpec(("N", 1, 6, 6))}, {"y": TensorSpec(("N", 3))}),
+            "preparation": Preparation(
+                (ImageStep("x", size=(6, 6), channels="L"),), (LabelStep("target", "label", ("0", "1", "2")),)
+            ),
+            "augment": {"x": steps},
+        },
+    }
+    runs = train(columns, world=world, **options)
+    keys = [mix(hashes_of(30), 5, epoch, 2, 0) for epoch in (1, 2)]
+    expected = [image.tobytes() for k in keys for image in augmented(steps, images, RowDraws(k, mix), "L")]
+    assert sorted(pixels for training, pixels in seen if training) == sorted(expected)
+    assert sorted(pixels for training, pixels in seen if not training) == sorted([i.tobytes() for i in images] * 2)
+    (alone,) = train(columns, **{**options, "batch_size": 12})
+    for name, value in runs[0].state().items():
+        torch.testing.assert_close(value, alone.state()[name], rtol=1e-4, atol=1e-5)

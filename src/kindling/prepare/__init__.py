@@ -1,5 +1,6 @@
 """Preparation: from raw columns to tensors, the same in training and in prediction."""
 
+from kindling.prepare.augment import Augmentation, RandomColor, RandomCrop, RandomFlip, RandomZoom
 from kindling.prepare.base import Packed, Preparation, Step, step_type
 from kindling.prepare.columns import ArrayStep, LabelStep, ManyLabelsStep, RowWeightStep, ScaledArrayStep, ValueStep
 from kindling.prepare.image import ImageStep
@@ -7,6 +8,7 @@ from kindling.prepare.table import CategoryStep, NumberStep
 
 __all__ = [
     "ArrayStep",
+    "Augmentation",
     "CategoryStep",
     "ImageStep",
     "LabelStep",
@@ -14,6 +16,10 @@ __all__ = [
     "NumberStep",
     "Packed",
     "Preparation",
+    "RandomColor",
+    "RandomCrop",
+    "RandomFlip",
+    "RandomZoom",
     "RowWeightStep",
     "ScaledArrayStep",
     "Step",

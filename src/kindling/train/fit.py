@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kindling.surgery import Split
     from kindling.train.figures import Metric
     from kindling.train.objective import Objective
+    from kindling.train.preflight import Augment
     from kindling.train.strategies import Strategy
     from kindling.train.targets import Loss
 
@@ -70,6 +71,7 @@ def fit(
     run: str | Path | None,
     target: str | Mapping[str, str] | None,
     weight_column: str | None,
+    augment: Augment,
     frozen_precision: str,
     on_error: str,
     key: str | None,
@@ -93,7 +95,8 @@ def fit(
     for frame, name in ((df, "the training data"), (validation, "the validation data")):
         if frame is not None:
             preflight.check_columns(frame, list(dict.fromkeys([*needed, *key_columns])), name)
-    split, tail, tail_signature, tail_preparation = _cut(model, preparation)
+    changes = preflight.read_augment(model, augment)
+    split, tail, tail_signature, tail_preparation = _cut(model, preparation, whole=bool(changes))
     code = UserCode(
         optimizer=optimizer or preflight.default_optimizer,
         loss=targets.objective,
@@ -137,6 +140,7 @@ def fit(
             preparation=tail_preparation.to_json(),
             frozen=model.frozen,
             classes=targets.classes,
+            augment={name: [step.to_json() for step in steps] for name, steps in changes.items()},
             code=ship.pickled(code, "optimizer, loss, schedule, metrics"),
             run_directory=place.path if place else None,
             directory_asked=run is not None,
@@ -204,11 +208,13 @@ def fit(
 # ------------------------------------------------------------------------------------------------------ planning
 
 
-def _cut(model: Model, preparation: Preparation) -> tuple[Split | None, nn.Module, Signature, Preparation]:
-    """The frozen front part and the rest, with the preparation of the rest."""
+def _cut(
+    model: Model, preparation: Preparation, *, whole: bool
+) -> tuple[Split | None, nn.Module, Signature, Preparation]:
+    """The frozen front part and the rest, with the preparation of the rest; the front stays where `whole` asks so."""
     from kindling import surgery
 
-    split = surgery.split_frozen(model.module, model.signature, model.frozen)
+    split = None if whole else surgery.split_frozen(model.module, model.signature, model.frozen)
     if split is None:
         # Of a graph, every layer can be frozen alone; of a module's own code, not the dropout written out in it.
         graph = surgery.trace(model.module, len(model.signature.inputs)) if model.frozen else None
@@ -280,6 +286,7 @@ def _describe(
         "strategy": {"name": type(code.strategy).__name__, **asdict(code.strategy)},
         "optimizer": _plain(code.optimizer),
         "loss": _described(code.loss),
+        "augment": spec.augment,
         "metrics": {name: _plain(metric) for name, metric in code.metrics.items()},
         "schedule": None if code.schedule is None else _plain(code.schedule),
         "key": list(key_columns),

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kindling import surgery
 from kindling.errors import ConfigError, TrainingError, did_you_mean
-from kindling.prepare import Preparation
+from kindling.prepare import ImageStep, Preparation
+from kindling.prepare.augment import Augmentation, RowDraws, augmented
 from kindling.signature import Signature
 from kindling.train import devices
 from kindling.train.feed import Feed, Slice
@@ -39,8 +40,8 @@ from kindling.train.strategies import Comms, Replica, State, Strategy
 
 _VALIDATION_BATCH = 256
 _STEP_EVENT_EVERY_S = 0.25
-_DROPOUT = 1
-"""Tells the draws of dropout from those of the order."""
+_DROPOUT, _AUGMENT = 1, 2
+"""Tell draws for different uses apart."""
 
 
 class Hooks(Protocol):
@@ -125,6 +126,8 @@ class Loop:
     """This worker's rows of the validation data; None where there is none at all, on every worker."""
     classes: int | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    augment: Mapping[str, Sequence[Augmentation]] = field(default_factory=dict)
+    """By input, what is done to its images in training."""
     schedule: ScheduleFactory | None = None
     device: str = devices.CPU
     """Where the module is and the steps are computed."""
@@ -356,6 +359,17 @@ class Loop:
 
     def _batch(self, rows: Slice, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         return devices.to_device(self.preparation.batch(rows.arrays, targets=True, rng=rng), self.device)
+    def _augmented(self, rows: Slice) -> Mapping[str, np.ndarray]:
+        """The rows' packed columns, images changed by what each row draws in this epoch."""
+        if not self.augment:
+            return rows.arrays
+        arrays = dict(rows.arrays)
+        for place, (name, steps) in enumerate(self.augment.items()):
+            (step,) = (step for step in self.preparation.inputs if step.name == name)
+            assert isinstance(step, ImageStep)
+            keys = mix(rows.hashes, self.settings.seed, self._progress.epoch, _AUGMENT, place)
+            arrays[name] = augmented(steps, arrays[name], RowDraws(keys, mix), step.channels)
+        return arrays
 
     @cached_property
     def _takes_closure(self) -> bool:

@@ -10,12 +10,12 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kindling import ship
 from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
-from kindling.prepare import Preparation
+from kindling.prepare import Augmentation, ImageStep, Preparation
 from kindling.randomness import borrowed
 from kindling.signature import Signature
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
     from torch import Tensor, nn
 
+    from kindling.model import Model
     from kindling.train.settings import LoopSettings, UserCode
 
+    Augment = Mapping[str, Sequence[Augmentation]] | Sequence[Augmentation] | None
     OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 _LOG = logging.getLogger("kindling.fit")
@@ -33,6 +35,31 @@ _LOG = logging.getLogger("kindling.fit")
 _BARRIER_TIMEOUT = "spark.barrier.sync.timeout"
 _LONG_WAIT_S = 1800
 _UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def read_augment(model: Model, augment: Augment) -> dict[str, tuple[Augmentation, ...]]:
+    """What is done to each image input in training.
+
+    Raises: ConfigError, where that is no image, or nothing that can be done to one.
+    """
+    images = [step.name for step in model.preparation.inputs if isinstance(step, ImageStep)]
+    if not augment:
+        return {}
+    if not isinstance(augment, Mapping):
+        if len(images) != 1:
+            raise ConfigError(
+                "augment", augment, f"fits one input of images, and the model has {len(images)}", "Give it by input"
+            )
+        augment = {images[0]: augment}
+    for name, steps in augment.items():
+        if name not in images:
+            raise ConfigError("augment", name, f"is no input of images.{did_you_mean(name, images)}", "Name one")
+        for step in steps:
+            if not isinstance(step, Augmentation):
+                raise ConfigError(
+                    "augment", step, "is no augmentation", "Use those of kindling.prepare: RandomFlip(), ..."
+                )
+    return {name: tuple(steps) for name, steps in augment.items()}
 
 
 def place_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[str]:

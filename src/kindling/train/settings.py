@@ -165,6 +165,8 @@ class WorkerSpec:
     """Of the part that is trained: its inputs and its targets."""
     frozen: frozenset[str]
     classes: int | None
+    augment: Mapping[str, Any]
+    """By input, the augmentations of its images as JSON."""
     code: bytes
     """cloudpickle of a `UserCode`."""
     run_directory: str | None

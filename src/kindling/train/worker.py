@@ -288,6 +288,7 @@ class _Worker:
 
         from kindling import ship, surgery
         from kindling.prepare import Preparation
+        from kindling.prepare.augment import augmentation_from_json
         from kindling.signature import Signature
         from kindling.train.loop import Loop
         from kindling.train.policy import Checkpoints
@@ -327,6 +328,7 @@ class _Worker:
             preparation=Preparation.from_json(spec.preparation),
             loss=code.loss,
             metrics=code.metrics,
+            augment={name: [augmentation_from_json(one) for one in steps] for name, steps in spec.augment.items()},
             schedule=code.schedule,
             feed=feed,
             counts_V=plan.counts_V,
