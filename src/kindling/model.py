@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kindling.errors import ConfigError, FormatError, ModelError, did_you_mean
-from kindling.prepare import ArrayStep, Augmentation, LabelStep, Preparation, Step
+from kindling.prepare import ArrayStep, Augmentation, LabelStep, Preparation, SequenceStep, Step
 from kindling.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -287,6 +287,7 @@ class Model:
         schedule_every: str = "epoch",
         warmup_steps: int = 0,
         accumulate: int = 1,
+        bucketed: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         precision: str = "fp32",
@@ -341,6 +342,8 @@ class Model:
             warmup_steps: steps over which learning rates rise in a straight line to what they are set to.
             accumulate: parts in which the rows of a step go through the net, one after the other: a larger batch in the
                 same memory.
+            bucketed: where an input is a sequence (`kindling.prepare.SequenceStep`), take rows of like length in the
+                same steps, for less padding; False: any rows.
             clip_norm: bound on the norm of all gradients together.
             clip_value: bound on the size of each number of a gradient.
             precision: `"bf16"` trains in bfloat16 where torch's autocast does; weights stay float32.
@@ -377,6 +380,7 @@ class Model:
                 batch_size=batch_size,
                 seed=seed,
                 accumulate=accumulate,
+                bucketed=bucketed,
                 clip_norm=clip_norm,
                 clip_value=clip_value,
                 precision=precision,
@@ -554,4 +558,6 @@ def _tensor_spec(step: Step) -> TensorSpec:
     import numpy as np
 
     tensor = step.batch({name: np.zeros((1, *shape), dtype) for name, (dtype, shape) in step.packed_spec().items()})
+    if isinstance(step, SequenceStep):
+        return TensorSpec(("N", f"L_{step.name}"), step.dtype)
     return TensorSpec(("N", *tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))

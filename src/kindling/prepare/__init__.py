@@ -4,6 +4,7 @@ from kindling.prepare.augment import Augmentation, RandomColor, RandomCrop, Rand
 from kindling.prepare.base import Packed, Preparation, Step, step_type
 from kindling.prepare.columns import ArrayStep, LabelStep, ManyLabelsStep, RowWeightStep, ScaledArrayStep, ValueStep
 from kindling.prepare.image import ImageStep
+from kindling.prepare.sequence import LengthStep, SequenceStep
 from kindling.prepare.table import CategoryStep, NumberStep
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CategoryStep",
     "ImageStep",
     "LabelStep",
+    "LengthStep",
     "ManyLabelsStep",
     "NumberStep",
     "Packed",
@@ -22,6 +24,7 @@ __all__ = [
     "RandomZoom",
     "RowWeightStep",
     "ScaledArrayStep",
+    "SequenceStep",
     "Step",
     "ValueStep",
     "step_type",

@@ -58,9 +58,15 @@ class Feed:
         """Rows of each virtual shard here, shape (V,), int64."""
         return np.bincount(shard_of(self._hashes), minlength=V)
 
-    def epoch(self, plan: OrderPlan, rank: int, epoch: int, seed: int, first: int = 0) -> Iterator[Slice]:
-        """The rows of each step of an epoch, from its step `first` on; a step without rows here gives none."""
-        places = epoch_order(self._hashes, plan.place_of_own, epoch, seed)
+    def epoch(
+        self, plan: OrderPlan, rank: int, epoch: int, seed: int, first: int = 0, length_column: str | None = None
+    ) -> Iterator[Slice]:
+        """The rows of each step of an epoch, from its step `first` on; a step without rows here gives none.
+
+        Args: length_column: a packed column; rows of about the same number there come into the same steps.
+        """
+        lengths = None if length_column is None else np.asarray(self._rows.columns[length_column])[self._static]
+        places = epoch_order(self._hashes, plan.place_of_own, epoch, seed, lengths, plan.steps)
         stops = np.cumsum(plan.rows_TW[:, rank])
         starts = stops - plan.rows_TW[:, rank]
         for start, stop in zip(starts[first:], stops[first:], strict=True):

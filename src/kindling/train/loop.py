@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kindling import surgery
 from kindling.errors import ConfigError, TrainingError, did_you_mean
-from kindling.prepare import ImageStep, Preparation
+from kindling.prepare import ImageStep, Preparation, SequenceStep
 from kindling.prepare.augment import Augmentation, RowDraws, augmented
 from kindling.signature import Signature
 from kindling.train import devices
@@ -232,7 +232,7 @@ class Loop:
         comms, settings, progress, plan = self.comms, self.settings, self._progress, self._plan
         surgery.set_training(self.replica.module, self.frozen)
         began, sent, clock = time.perf_counter(), comms.bytes_sent, Clock()
-        slices = self.feed.epoch(plan, comms.rank, progress.epoch, settings.seed, progress.index)
+        slices = self.feed.epoch(plan, comms.rank, progress.epoch, settings.seed, progress.index, self._length)
         told = -math.inf
         while progress.index < plan.steps and not progress.stopped:
             rows_W = plan.rows_TW[progress.index]
@@ -359,6 +359,12 @@ class Loop:
 
     def _batch(self, rows: Slice, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         return devices.to_device(self.preparation.batch(rows.arrays, targets=True, rng=rng), self.device)
+    @cached_property
+    def _length(self) -> str | None:
+        """The packed column by which rows of like length come together: of the first sequence among the inputs."""
+        named = [step.length_column for step in self.preparation.inputs if isinstance(step, SequenceStep)]
+        return named[0] if named and self.settings.bucketed else None
+
     def _augmented(self, rows: Slice) -> Mapping[str, np.ndarray]:
         """The rows' packed columns, images changed by what each row draws in this epoch."""
         if not self.augment:

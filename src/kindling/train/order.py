@@ -122,15 +122,61 @@ def static_order(hashes: np.ndarray, content_of: Callable[[int], bytes]) -> np.n
     return order
 
 
-def epoch_order(hashes: np.ndarray, place_of_own: np.ndarray, epoch: int, seed: int) -> np.ndarray:
+_STRATA = 16
+"""Classes of length in one window."""
+
+
+def by_length(
+    shuffled: np.ndarray, shards: np.ndarray, lengths: np.ndarray, steps: int, epoch: int, seed: int
+) -> np.ndarray:
+    """An order of an epoch in which rows of like length come together, hence into the same steps.
+
+    Each shard's rows are taken in windows, in each sorted by length and cut into strata, and the strata come in an
+    order drawn for the window, the same for all shards. As a step is a slice at the same relative place of every shard,
+    it finds rows of about one length in all of them; which rows it finds depends on no number of workers.
+
+    Args:
+        shuffled: positions of the rows, sorted by shard, in the epoch's random order within each.
+        shards, lengths: of the rows at these positions; shape (n,).
+        steps: of an epoch: a stratum is to last some of them.
+    Returns: `shuffled`, reordered within each shard.
+    """
+    windows = max(1, round(steps / (2 * _STRATA)))
+    sizes = np.bincount(shards[shuffled], minlength=VIRTUAL_SHARDS)
+    within = np.arange(len(shuffled)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    window = within * windows // np.repeat(sizes, sizes)
+    order = np.lexsort((within, lengths[shuffled], window, shards[shuffled]))
+    # The place of each row in its window by length, as a share of the window, tells its stratum.
+    key = shards[shuffled][order] * windows + window[order]
+    _, starts, counts = np.unique(key, return_index=True, return_counts=True)
+    rank = np.arange(len(key)) - np.repeat(starts, counts)
+    stratum = rank * _STRATA // np.repeat(counts, counts)
+    turns = mix(np.arange(windows * _STRATA, dtype=np.uint64), seed, epoch).reshape(windows, _STRATA)
+    turn = np.argsort(np.argsort(turns, axis=1), axis=1)[window[order], stratum]
+    again = np.lexsort((within[order], turn, key))
+    result: np.ndarray = shuffled[order[again]]
+    return result
+
+
+def epoch_order(
+    hashes: np.ndarray,
+    place_of_own: np.ndarray,
+    epoch: int,
+    seed: int,
+    lengths: np.ndarray | None = None,
+    steps: int = 1,
+) -> np.ndarray:
     """This worker's rows of one epoch in global order, as positions in `static_order`.
 
     Args:
         hashes: in static order, shape (n,), uint64.
         place_of_own: from `OrderPlan`.
+        lengths: of the rows, to bring those of like length together (`by_length`); shape (n,).
+        steps: of an epoch.
     Returns: shape (n,), int64; the first `rows_TW[0, rank]` of them are the rows of step 0, and so on.
     """
-    shuffled = np.lexsort(
-        (mix(hashes, seed, epoch), shard_of(hashes))
-    )  # lexsort is stable: equal hashes keep their order
+    shards = shard_of(hashes)
+    shuffled = np.lexsort((mix(hashes, seed, epoch), shards))  # lexsort is stable: equal hashes keep their order
+    if lengths is not None:
+        shuffled = by_length(shuffled, shards, lengths, steps, epoch, seed)
     return shuffled[np.argsort(place_of_own)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kindling import ship
 from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
-from kindling.prepare import Augmentation, ImageStep, Preparation
+from kindling.prepare import Augmentation, ImageStep, Preparation, SequenceStep
 from kindling.randomness import borrowed
 from kindling.signature import Signature
 
@@ -115,6 +115,9 @@ def rehearse(
     for name, (dtype, shape) in preparation.packed_spec(targets=True).items():
         noise = rng.random((4, *shape))
         arrays[name] = (noise * (255 if dtype == "uint8" else 0 if "int" in dtype else 1)).astype(dtype)
+    for step in preparation.inputs:
+        if isinstance(step, SequenceStep):
+            arrays[step.length_column][:] = step.max_length
     copied = copy.deepcopy(module)
     surgery.set_training(copied, frozen)
     trainable = [p for p in copied.parameters() if p.requires_grad]

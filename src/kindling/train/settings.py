@@ -77,6 +77,8 @@ class LoopSettings:
     """Largest Euclidean norm of all gradients together; larger ones are scaled down to it."""
     clip_value: float | None = None
     """Largest size of each number of a gradient; larger ones are cut to it (before `clip_norm`)."""
+    bucketed: bool = True
+    """Where an input is a sequence, rows of like length come into the same steps, so that there is less padding."""
     precision: str = "fp32"
     """`"bf16"`: matrix products and convolutions run in bfloat16 (torch's autocast); weights stay float32."""
     schedule_every: str = "epoch"
