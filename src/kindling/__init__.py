@@ -22,10 +22,12 @@ _HOME = {
     "Report": "kindling.evaluate",
     "StopTraining": "kindling.train.callbacks",
     "ThresholdSharing": "kindling.train.strategies",
+    "decay_groups": "kindling.train.strategies.parameter_groups",
     "errors": "kindling.errors",
     "labels": "kindling.read",
     "load": "kindling.model",
     "nets": "kindling.nets",
+    "parameter_groups": "kindling.train.strategies.parameter_groups",
     "prepare": "kindling.prepare",
     "provenance": "kindling.predict.output",
     "read": "kindling.read",
@@ -46,10 +48,12 @@ __all__ = [
     "StopTraining",
     "ThresholdSharing",
     "__version__",
+    "decay_groups",
     "errors",
     "labels",
     "load",
     "nets",
+    "parameter_groups",
     "prepare",
     "provenance",
     "read",
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from kindling.train.events import Event
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import AllReduce, DiLoCo, Downpour, ParameterAveraging, ThresholdSharing
+    from kindling.train.strategies.parameter_groups import decay_groups, parameter_groups
 
 
 def __getattr__(name: str) -> Any:

@@ -315,7 +315,9 @@ class Model:
             epochs: passes over the data.
             batch_size: rows that go through the net at a time on one worker; a step takes this times `accumulate`
                 times `workers`.
-            optimizer: makes a torch optimizer of the parameters, `partial(torch.optim.SGD, lr=0.1)`; Adam if None.
+            optimizer: makes a torch optimizer of the parameters, `partial(torch.optim.SGD, lr=0.1)`; Adam if None. With
+                `kindling.decay_groups` or `kindling.parameter_groups` around it, settings differ by parameter; a
+                factory whose first argument is called `named_parameters` gets (name, parameter) pairs.
             loss: a torch loss of (outputs, targets); None: cross entropy for classes, binary cross entropy for lists of
                 labels, squared error for numbers. Label smoothing and class weights are settings of torch's own losses.
                 For a net with several outputs, losses by the outputs' names.

@@ -23,6 +23,7 @@ from kindling.train.loop import Loop
 from kindling.train.order import mix
 from kindling.train.settings import EarlyStopping, LoopSettings
 from kindling.train.strategies import AllReduce, ParameterAveraging
+from kindling.train.strategies.parameter_groups import decay_groups, parameter_groups
 
 Step = Callable[[nn.Module, torch.optim.Optimizer, int], None]
 
@@ -391,3 +392,20 @@ def test_images_are_changed_by_row_and_epoch_and_only_in_training(world: int) ->
     (alone,) = train(columns, **{**options, "batch_size": 12})
     for name, value in runs[0].state().items():
         torch.testing.assert_close(value, alone.state()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_settings_by_parameter_are_torch_s_groups() -> None:
+    columns = clouds(50)
+    adam = partial(torch.optim.AdamW, lr=0.02, fused=False)
+
+    def groups(module_parameters: Any) -> torch.optim.Optimizer:
+        first, bias, last, other = list(module_parameters)
+        return adam([{"params": [first, last], "weight_decay": 0.5}, {"params": [bias, other], "weight_decay": 0.0}])
+
+    (trained,) = train(columns, optimizer=decay_groups(adam, 0.5))
+    assert same(trained.state(), plain(columns, optimizer=groups).state_dict())
+    (slow,) = train(columns, optimizer=parameter_groups(adam, {"0.*": {"lr": 0.0, "weight_decay": 0.0}}))
+    assert torch.equal(slow.state()["0.weight"], net().state_dict()["0.weight"])
+    assert not torch.equal(slow.state()["2.weight"], net().state_dict()["2.weight"])
+    with pytest.raises(ConfigError, match=r"'trunk\.\*' fits no parameter"):
+        train(columns, optimizer=parameter_groups(adam, {"trunk.*": {"lr": 0.0}}))

@@ -109,6 +109,7 @@ def rehearse(
     from kindling import surgery
     from kindling.train.objective import Objective
     from kindling.train.rates import make_schedule
+    from kindling.train.strategies.parameter_groups import wants_names
 
     rng = np.random.default_rng(0)
     arrays = {}
@@ -138,7 +139,8 @@ def rehearse(
                 f"the net's output has shape {('N', *outputs.shape[1:])}, but there are {len(labels)} labels. "
                 f"The last layer should give {len(labels)} scores."
             )
-    made = code.optimizer(trainable)
+    named = [(name, p) for name, p in copied.named_parameters() if p.requires_grad]
+    made = code.optimizer(named if wants_names(code.optimizer) else trainable)
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(
             "optimizer",

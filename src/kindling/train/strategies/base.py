@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kindling.train.strategies.comms import Comms
+from kindling.train.strategies.parameter_groups import wants_names
 
 State = dict[str, Any]
 """A strategy's memory between steps: tensors and JSON values."""
@@ -31,13 +32,16 @@ class Replica:
     """What a strategy at work keeps beside its state: requests in flight, threads. Never saved."""
 
     @classmethod
-    def of(cls, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Replica:
+    def of(cls, module: nn.Module, make_optimizer: Callable[[list[Any]], torch.optim.Optimizer]) -> Replica:
         """A module with an optimizer of its trainable parameters, which takes its fused step where torch has one.
+
+        A factory whose first argument is called `named_parameters` gets (name, parameter) pairs.
 
         A fused step reads and writes the weights once: for a large linear layer half the time of a step. Its sums
         differ from the unfused step's in the last bit; `fused=False` or `foreach=True` in the optimizer keeps those.
         """
-        optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        optimizer = make_optimizer(named if wants_names(make_optimizer) else [p for _, p in named])
         sparse = any(getattr(layer, "sparse", False) for layer in module.modules())  # refused by fused steps
         for group in optimizer.param_groups:
             unasked = "fused" in group and group["fused"] is None and not group.get("foreach")
