@@ -40,8 +40,8 @@ class parameter_groups:
 
     Args:
         optimizer: makes a torch optimizer of parameter groups: `partial(torch.optim.AdamW, lr=1e-3)`.
-        settings: patterns as in file names (`"fc.*"`, `"*.bias"`) with what is set for them; the first that fits counts,
-            and what fits none keeps the optimizer's own.
+        settings: patterns as in file names (`"fc.*"`, `"*.bias"`) with what is set for them; the first that fits
+            counts, and what fits none keeps the optimizer's own.
     Raises: ConfigError, when a pattern fits no parameter.
 
     >>> import torch
