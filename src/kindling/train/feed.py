@@ -66,7 +66,7 @@ class Feed:
         Args: length_column: a packed column; rows of about the same number there come into the same steps.
         """
         lengths = None if length_column is None else np.asarray(self._rows.columns[length_column])[self._static]
-        places = epoch_order(self._hashes, plan.place_of_own, epoch, seed, lengths, plan.steps)
+        places = epoch_order(self._hashes, plan.place_of_own, epoch, seed, lengths, int(plan.rows_TW.sum()))
         stops = np.cumsum(plan.rows_TW[:, rank])
         starts = stops - plan.rows_TW[:, rank]
         for start, stop in zip(starts[first:], stops[first:], strict=True):

@@ -124,24 +124,27 @@ def static_order(hashes: np.ndarray, content_of: Callable[[int], bytes]) -> np.n
 
 _STRATA = 16
 """Classes of length in one window."""
+_WINDOW_OF_SHARD = 256
+"""Rows of a shard in one window: enough to tell long from short in each shard alone."""
 
 
 def by_length(
-    shuffled: np.ndarray, shards: np.ndarray, lengths: np.ndarray, steps: int, epoch: int, seed: int
+    shuffled: np.ndarray, shards: np.ndarray, lengths: np.ndarray, rows: int, epoch: int, seed: int
 ) -> np.ndarray:
     """An order of an epoch in which rows of like length come together, hence into the same steps.
 
     Each shard's rows are taken in windows, in each sorted by length and cut into strata, and the strata come in an
     order drawn for the window, the same for all shards. As a step is a slice at the same relative place of every shard,
-    it finds rows of about one length in all of them; which rows it finds depends on no number of workers.
+    it finds rows of about one length in all of them; which rows it finds depends on no number of workers. It takes some
+    thousands of rows: with one or two in a shard there is nothing to sort.
 
     Args:
         shuffled: positions of the rows, sorted by shard, in the epoch's random order within each.
         shards, lengths: of the rows at these positions; shape (n,).
-        steps: of an epoch: a stratum is to last some of them.
+        rows: over all workers.
     Returns: `shuffled`, reordered within each shard.
     """
-    windows = max(1, round(steps / (2 * _STRATA)))
+    windows = max(1, rows // (VIRTUAL_SHARDS * _WINDOW_OF_SHARD))
     sizes = np.bincount(shards[shuffled], minlength=VIRTUAL_SHARDS)
     within = np.arange(len(shuffled)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     window = within * windows // np.repeat(sizes, sizes)
@@ -164,7 +167,7 @@ def epoch_order(
     epoch: int,
     seed: int,
     lengths: np.ndarray | None = None,
-    steps: int = 1,
+    rows: int = 0,
 ) -> np.ndarray:
     """This worker's rows of one epoch in global order, as positions in `static_order`.
 
@@ -172,11 +175,11 @@ def epoch_order(
         hashes: in static order, shape (n,), uint64.
         place_of_own: from `OrderPlan`.
         lengths: of the rows, to bring those of like length together (`by_length`); shape (n,).
-        steps: of an epoch.
+        rows: over all workers.
     Returns: shape (n,), int64; the first `rows_TW[0, rank]` of them are the rows of step 0, and so on.
     """
     shards = shard_of(hashes)
     shuffled = np.lexsort((mix(hashes, seed, epoch), shards))  # lexsort is stable: equal hashes keep their order
     if lengths is not None:
-        shuffled = by_length(shuffled, shards, lengths, steps, epoch, seed)
+        shuffled = by_length(shuffled, shards, lengths, rows, epoch, seed)
     return shuffled[np.argsort(place_of_own)]
