@@ -139,7 +139,7 @@ class _LabelCounts:
 
     def update(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
         """Args: outputs: logits, (N, labels); a label is said where its logit is above 0."""
-        said, true = (outputs.float() > 0).numpy(), (targets > 0.5).numpy()
+        said, true = (outputs.float() > 0).cpu().numpy(), (targets > 0.5).cpu().numpy()
         self.counts += np.stack([(said & true).sum(0), (said & ~true).sum(0), (~said & true).sum(0)])
         self.rows += len(said)
         self.exact += int((said == true).all(1).sum())
@@ -181,7 +181,7 @@ class _RowMean:
         if not isinstance(values, Tensor) or values.shape != (rows,):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise TrainingError(f"the metric {self.name!r} gave {shape} for {rows} rows, not one number for each row.")
-        self.sum.add(values.double().numpy())
+        self.sum.add(values.double().cpu().numpy())
 
     def merge_state(self, other: _RowMean) -> None:
         self.sum.merge(other.sum)

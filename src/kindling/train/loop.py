@@ -358,7 +358,10 @@ class Loop:
         return value
 
     def _batch(self, rows: Slice, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
-        return devices.to_device(self.preparation.batch(rows.arrays, targets=True, rng=rng), self.device)
+        """Tensors of some rows; with `rng` they are trained on, and their images may be changed."""
+        arrays = rows.arrays if rng is None else self._augmented(rows)
+        return devices.to_device(self.preparation.batch(arrays, targets=True, rng=rng), self.device)
+
     @cached_property
     def _length(self) -> str | None:
         """The packed column by which rows of like length come together: of the first sequence among the inputs."""

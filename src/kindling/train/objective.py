@@ -83,7 +83,7 @@ class Objective:
         counted = targets != ignored
         shares = counted.double()
         if by_class is not None:
-            shares = torch.where(counted, by_class.double()[targets.clamp(min=0)], 0.0)
+            shares = torch.where(counted, by_class.to(targets.device).double()[targets.clamp(min=0)], 0.0)
         if weights is not None:
             shares = shares.reshape(rows, -1).mean(1) * weights
         return float(shares.sum())
@@ -141,7 +141,10 @@ class Objective:
 
     def rows(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[Tensor]:
         """Each row's loss by each term, without the rows' weights: shape (N,), float64."""
-        return [loss_rows(term.loss, outputs[term.output], batch[term.target]).double().detach() for term in self.terms]
+        return [
+            loss_rows(term.loss, outputs[term.output], batch[term.target]).double().detach().cpu()
+            for term in self.terms
+        ]
 
     def total(self, means: Sequence[float]) -> float:
         """The terms' means as one number."""
