@@ -95,6 +95,21 @@ StrategyName = Annotated[
         metavar="NAME[:VALUE]",
     ),
 ]
+Accumulate = Annotated[int, option(TRAINING, "Parts in which a step's rows go through the net.", min=1)]
+ClipNorm = Annotated[float | None, option(TRAINING, "Bound on the norm of all gradients together.", min=0)]
+TrainPrecision = Annotated[
+    str, option(TRAINING, "Arithmetic of training; bf16 is torch's autocast.", metavar="fp32|bf16")
+]
+WarmUp = Annotated[int, option(TRAINING, "Steps over which the learning rate rises to --lr.", "--warmup-steps", min=0)]
+Ema = Annotated[
+    float | None, option(TRAINING, "Keep a running average of the weights: 0.999, say.", "--ema-decay", min=0, max=1)
+]
+Patience = Annotated[
+    int | None,
+    option(TRAINING, "End after so many epochs without a lower loss (of --validation, if given).", "--patience", min=1),
+]
+MaxSteps = Annotated[int | None, option(TRAINING, "End after so many steps.", "--max-steps", min=1)]
+MaxMinutes = Annotated[float | None, option(TRAINING, "End after so many minutes of training.", "--max-minutes", min=0)]
 Workers = Annotated[int | None, option(TRAINING, "Parallel workers; default: Spark's slots.", min=1)]
 Seed = Annotated[int, option(TRAINING, "Seed of the split, the order of rows and new weights.")]
 Shares = Annotated[
