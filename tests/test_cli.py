@@ -402,9 +402,27 @@ def test_fit_a_shipped_net_from_scratch(spark: Any, photos: Path, tmp_path: Path
 
 @pytest.mark.spark
 def test_fit_a_net_of_the_user_s(spark: Any, photos: Path, nets: Path) -> None:
-    words = ("fit", photos, "--model", "my_nets:needs", "--validation", photos, "--epochs", "2", "--workers", "1")
-    run(*words, "--out", "model")
+    words = ["fit", photos, "--model", "my_nets:needs", "--validation", photos, "--epochs", "9", "--workers", "1"]
+    words += [
+        "--accumulate",
+        "2",
+        "--clip-norm",
+        "1",
+        "--precision",
+        "bf16",
+        "--warmup-steps",
+        "2",
+        "--ema-decay",
+        "0.5",
+    ]
+    words += ["--patience", "5", "--max-steps", "4", "--max-minutes", "60", "--batch-size", "10"]
+    data = answer(*words, "--out", "model")
     assert kd.load("./model").labels == ("0", "1", "2")
+    settings, *_, last = data["history"]["settings"], data["history"]["epochs"][-1]
+    assert (settings["accumulate"], settings["clip_norm"], settings["precision"]) == (2, 1.0, "bf16")
+    assert (settings["warmup_steps"], settings["ema_decay"], settings["max_seconds"]) == (2, 0.5, 3600.0)
+    assert settings["early_stopping"]["patience"] == 5
+    assert (last["epoch"], last["steps"], last["stopped"]) == (2, 1, "max_steps")  # 3 steps an epoch
 
 
 @pytest.mark.spark
