@@ -19,6 +19,8 @@ from kindling.errors import FormatError
 from kindling.signature import Signature, TensorSpec
 
 MAX_LAYERS = 10_000
+MAX_ROW = 2**29
+"""Numbers in one row of anything inside a net: beyond it, a file is refused."""
 ROWS = 7919  # of the made-up batch whose shapes are followed: a prime, so that it is told from other sizes
 _TAKEN = frozenset(dir(fx.GraphModule)) | {"meta", "self", "torch", "device", "inf", "nan", "NoneType", "operator"}
 
@@ -144,12 +146,17 @@ class Assembly:
     def _meta(self, name: str, make: Callable[[], Any]) -> Any:
         try:
             with torch.device("meta"), torch.no_grad():
-                return make()
+                made = make()
         except FormatError:
             raise
         except Exception as error:  # torch raises what it likes; the file is at fault
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise FormatError(f"{self.what}: layer {name!r} cannot be made of what the file says: {line}.") from error
+        if isinstance(made, Tensor) and made.dim() and made.numel() > MAX_ROW * max(1, int(made.shape[0])):
+            raise FormatError(
+                f"{self.what}: layer {name!r} makes rows of {tuple(made.shape[1:])}, too large to be meant."
+            )
+        return made
 
     def _name(self, name: str) -> str:
         """A name that a graph may hold, and that nothing else has."""

@@ -1,4 +1,4 @@
-"""Nets of other libraries by name: `torchvision:NAME`, `timm:NAME`, `hf:NAME` (transformers), with their preparation.
+"""Nets of other libraries by name: `torchvision:NAME`, `timm:NAME`, `hf:NAME` (transformers), `keras:NAME`, prepared.
 
 The libraries build the nets and say how photos are prepared; weights are read by kindling's own readers, or, for
 `hf:`, as safetensors alone. No code from a hub is run. The result is a graph that bundles can hold: traced, or, where a
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kindling import graph
 from kindling.errors import ConfigError, FormatError, MissingExtraError, ModelError, did_you_mean
-from kindling.formats.models import Imported
+from kindling.formats.models import LIBRARIES, Imported
 from kindling.prepare import ImageStep, LabelStep, Preparation
 from kindling.signature import Signature, TensorSpec
 
@@ -38,14 +38,15 @@ def prefix_of(name: str) -> str | None:
     ('timm', None)
     """
     prefix, separator, rest = name.partition(":")
-    return prefix if separator and prefix in _LIBRARIES and rest and not rest.startswith("//") else None
+    return prefix if separator and prefix in LIBRARIES and rest and not rest.startswith("//") else None
 
 
 def open_named(name: str, weights: Weights = None, *, image: Mapping[str, Any] | None = None) -> Imported:
     """A net of another library.
 
     Args:
-        name: `torchvision:resnet18`, `timm:convnext_tiny`, `hf:google/vit-base-patch16-224`; for `hf:` also a folder.
+        name: `torchvision:resnet18`, `timm:convnext_tiny`, `hf:google/vit-base-patch16-224` (or a folder),
+            `keras:MobileNetV2`.
         weights: a file of the net's own names; `"pretrained"` for those that the library publishes; None draws random
             ones (for `hf:`, None takes the repository's own).
         image: fields of the `ImageStep`, in place of what the library says.
@@ -53,6 +54,10 @@ def open_named(name: str, weights: Weights = None, *, image: Mapping[str, Any] |
         for a net that is no net of photos to scores.
     """
     library, _, own = name.partition(":")
+    if library == "keras":
+        from kindling.formats.keras.applications import open_application
+
+        return open_application(own, weights, image=image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries warn of their own deprecations
         module, fields, labels = _LIBRARIES[library](own, weights)

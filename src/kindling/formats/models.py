@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 READERS: tuple[str, ...] = ("dl4j", "h2o", "pt2", "onnx", "caffe", "bigdl", "keras", "tensorflow", "tflite")
 """Modules of this package that read whole models, the pickier first."""
-LIBRARIES = ("torchvision", "timm", "hf")
+LIBRARIES = ("torchvision", "timm", "hf", "keras")
 """Prefixes of names that `hub.py` opens."""
 HEAD_BYTES = 4096
 

@@ -25,9 +25,10 @@ from kindling.formats.ends import imported, open_input
 from kindling.formats.flatbuffer import Buffer, Table
 from kindling.formats.models import Imported, Peek
 from kindling.formats.tensorflow.graphdef import Graph, Node
-from kindling.formats.tensorflow.ops import OPS, Op
+from kindling.formats.tensorflow.ops import OPS, Op, axes_of, padded
 from kindling.formats.tensorflow.run import Known, Runner, Scope, Value
 from kindling.nets.layers_keras import Quantized
+from kindling.nets.layers_lite import LiteConv2d, LiteLinear
 
 NAME = "TensorFlow Lite"
 _MAX_BYTES = 8 << 30
@@ -40,13 +41,14 @@ _FUSED = {0: None, 1: "Relu", 2: "ReluN1To1", 3: "Relu6", 4: "Tanh"}
 _NAMES = {
     0: "ADD", 1: "AVERAGE_POOL_2D", 2: "CONCATENATION", 3: "CONV_2D", 4: "DEPTHWISE_CONV_2D", 6: "DEQUANTIZE",
     9: "FULLY_CONNECTED", 14: "LOGISTIC", 16: "LSTM", 17: "MAX_POOL_2D", 18: "MUL", 19: "RELU", 20: "RELU_N1_TO_1",
-    21: "RELU6", 22: "RESHAPE", 23: "RESIZE_BILINEAR", 25: "SOFTMAX", 28: "TANH", 32: "CUSTOM", 34: "PAD", 36: "GATHER",
-    39: "TRANSPOSE", 40: "MEAN", 41: "SUB", 42: "DIV", 43: "SQUEEZE", 45: "STRIDED_SLICE", 47: "EXP", 49: "SPLIT",
-    50: "LOG_SOFTMAX", 53: "CAST", 54: "PRELU", 55: "MAXIMUM", 56: "ARG_MAX", 57: "MINIMUM", 59: "NEG", 60: "PADV2",
-    65: "SLICE", 67: "TRANSPOSE_CONV", 69: "TILE", 70: "EXPAND_DIMS", 73: "LOG", 74: "SUM", 75: "SQRT", 76: "RSQRT",
-    77: "SHAPE", 78: "POW", 82: "REDUCE_MAX", 83: "PACK", 88: "UNPACK", 89: "REDUCE_MIN", 92: "SQUARE",
-    97: "RESIZE_NEAREST_NEIGHBOR", 98: "LEAKY_RELU", 99: "SQUARED_DIFFERENCE", 101: "ABS", 111: "ELU", 114: "QUANTIZE",
-    117: "HARD_SWISH", 126: "BATCH_MATMUL", 150: "GELU",
+    21: "RELU6", 22: "RESHAPE", 23: "RESIZE_BILINEAR", 25: "SOFTMAX", 28: "TANH", 32: "CUSTOM", 34: "PAD",
+    36: "GATHER", 39: "TRANSPOSE", 40: "MEAN", 41: "SUB", 42: "DIV", 43: "SQUEEZE", 45: "STRIDED_SLICE", 47: "EXP",
+    49: "SPLIT", 50: "LOG_SOFTMAX", 53: "CAST", 54: "PRELU", 55: "MAXIMUM", 56: "ARG_MAX", 57: "MINIMUM", 58: "LESS",
+    59: "NEG", 60: "PADV2", 61: "GREATER", 62: "GREATER_EQUAL", 63: "LESS_EQUAL", 64: "SELECT", 65: "SLICE",
+    67: "TRANSPOSE_CONV", 69: "TILE", 70: "EXPAND_DIMS", 71: "EQUAL", 72: "NOT_EQUAL", 73: "LOG", 74: "SUM",
+    75: "SQRT", 76: "RSQRT", 77: "SHAPE", 78: "POW", 82: "REDUCE_MAX", 83: "PACK", 88: "UNPACK", 89: "REDUCE_MIN",
+    92: "SQUARE", 97: "RESIZE_NEAREST_NEIGHBOR", 98: "LEAKY_RELU", 99: "SQUARED_DIFFERENCE", 101: "ABS", 111: "ELU",
+    114: "QUANTIZE", 117: "HARD_SWISH", 123: "SELECT_V2", 126: "BATCH_MATMUL", 150: "GELU",
 }  # fmt: skip
 
 
@@ -280,7 +282,8 @@ class _Reader:
         plan = _PLANS.get(kind)
         if plan is None:
             raise node.fail("is an operator that is not read")
-        call = _Call(self, node, options, given, [self.tensor(index) for index in inputs if index >= 0], out)
+        tensors = [self.tensor(index) for index in inputs if index >= 0]
+        call = _Call(self, node, options, given, tensors, out)
         made = plan(call)
         found = made if isinstance(made, list) else [made]
         for index, value in zip(outputs, found, strict=False):
@@ -291,10 +294,11 @@ class _Reader:
         steps = tensor.steps
         if not isinstance(value, Flow) or steps is None or not self.rounding:
             return value
-        if kind in _MOVING and call.tensors and call.tensors[0].steps == steps:
+        if call.whole or (kind in _MOVING and call.tensors and call.tensors[0].steps == steps):
             return value
         self.rounded += 1
-        wire = self.mover.net.layer(f"{tensor.name or 'tensor'}_steps", lambda: Quantized(*steps), value.wire)
+        away = kind == "AVERAGE_POOL_2D"  # an integer mean, of the whole numbers themselves
+        wire = self.mover.net.layer(f"{tensor.name or 'tensor'}_steps", lambda: Quantized(*steps, away), value.wire)
         return replace(value, wire=wire)
 
 
@@ -322,6 +326,8 @@ class _Call:
     given: list[Value | None]
     tensors: list[_Tensor]
     out: _Tensor
+    whole: bool = False
+    """Whether a layer of whole numbers has rounded its output itself."""
 
     def option(self, field_number: int, kind: str = "i", default: Any = 0) -> Any:
         return default if self.options is None else self.options.number(field_number, kind, default)
@@ -363,6 +369,66 @@ def _renamed(node: Made, op: str) -> Made:
     return replace(node, op=op)
 
 
+def _whole_settings(call: _Call, activation: int) -> dict[str, Any] | None:
+    """Steps and range of a layer that computes with whole numbers; None where the operator does not."""
+    reader = call.reader
+    if not reader.rounding or len(call.tensors) < 2 or activation not in (0, 1, 2, 3):
+        return None
+    before, weight, after = call.tensors[0].steps, call.tensors[1], call.out.steps
+    if before is None or after is None or weight.dtype not in ("uint8", "int8") or not weight.quantised:
+        return None
+    scale, zero, low, high = after
+    if activation in (1, 3):
+        low = max(low, zero)
+    if activation == 3:
+        high = min(high, zero + round(6 / scale))
+    if activation == 2:
+        low, high = max(low, zero - round(1 / scale)), min(high, zero + round(1 / scale))
+    return {"scale_in": before[0], "scale_out": scale, "zero_out": zero, "low": low, "high": max(low, high)}
+
+
+def _whole_tensors(call: _Call, weight: torch.Tensor, bias: np.ndarray | None) -> dict[str, torch.Tensor]:
+    """A layer's weights, and the steps that they stand at."""
+    out = weight.shape[0]
+    scale = call.tensors[1].scale.astype(np.float32)
+    if len(scale) not in (1, out) or (bias is not None and bias.shape != (out,)):
+        raise call.node.fail(f"has {len(scale)} steps for {out} outputs")
+    found = {"weight": weight, "weight_scale": torch.from_numpy(np.broadcast_to(scale, (out,)).copy())}
+    return found | ({} if bias is None else {"offset": torch.from_numpy(np.array(bias, np.float32))})
+
+
+def _convolved(
+    call: _Call, op: str, kernel: np.ndarray, weight: np.ndarray, activation: int, attributes: dict[str, Any]
+) -> Value:
+    """A convolution: of whole numbers, or TensorFlow's with the kernel in its order.
+
+    Args:
+        weight: the same kernel as torch has it.
+    """
+    settings, flow = _whole_settings(call, activation), call.given[0]
+    if settings is None or not isinstance(flow, Flow) or flow.rank != 4:
+        return call.fused(call.apply(op, [flow, Known(kernel)], **attributes), activation)
+    mover = call.reader.mover
+    node = replace(call.node, values=attributes)
+    helper = Op(call.reader._runner, Scope({}), node, [])
+    strides, dilations = (axes_of(helper, attributes[key], False) for key in ("strides", "dilations"))
+    wire, pad = padded(helper, mover.first(flow), weight.shape[2:], strides, dilations, False, 0.0)
+    channels, out = wire.row[0], weight.shape[0]
+    if not weight.size or channels % weight.shape[1]:
+        raise call.node.fail(f"has a kernel of shape {kernel.shape} for {channels} channels")
+    groups = channels // weight.shape[1]
+    size, bias = (int(weight.shape[2]), int(weight.shape[3])), attributes["bias"]
+    made = mover.net.layer(
+        call.node.name,
+        lambda: LiteConv2d(channels, out, size, strides, pad, dilations, groups, bias is not None, **settings),  # type: ignore[arg-type]
+        wire,
+        tensors=_whole_tensors(call, torch.from_numpy(np.array(weight, np.float32)), bias),
+    )
+    call.whole = True
+    call.reader.rounded += 1
+    return Flow(made, True)
+
+
 def _padding(call: _Call, field_number: int = 0) -> str:
     number = call.option(field_number, "b")
     if number not in (0, 1):
@@ -382,15 +448,14 @@ def _conv(call: _Call) -> Value:
     kernel = call.known(1)
     if kernel.ndim != 4:
         raise call.node.fail(f"has a kernel of shape {kernel.shape}")
-    made = call.apply(
-        "Conv2D",
-        [call.given[0], Known(kernel.transpose(1, 2, 3, 0))],
-        strides=_strides(call, 1, 2),
-        dilations=[1, call.option(5, "i", 1), call.option(4, "i", 1), 1],
-        padding=_padding(call),
-        bias=_bias(call, 2),
-    )
-    return call.fused(made, call.option(3, "b"))
+    attributes = {
+        "strides": _strides(call, 1, 2),
+        "dilations": [1, call.option(5, "i", 1), call.option(4, "i", 1), 1],
+        "padding": _padding(call),
+        "bias": _bias(call, 2),
+    }
+    turned = kernel.transpose(1, 2, 3, 0)
+    return _convolved(call, "Conv2D", turned, kernel.transpose(0, 3, 1, 2), call.option(3, "b"), attributes)
 
 
 def _depthwise(call: _Call) -> Value:
@@ -400,15 +465,15 @@ def _depthwise(call: _Call) -> Value:
     channels = flow.row[-1]
     if not channels or kernel.shape[3] % channels:
         raise call.node.fail(f"makes {kernel.shape[3]} channels of {channels}")
-    made = call.apply(
-        "DepthwiseConv2dNative",
-        [flow, Known(kernel[0].reshape(*kernel.shape[1:3], channels, -1))],
-        strides=_strides(call, 1, 2),
-        dilations=[1, call.option(6, "i", 1), call.option(5, "i", 1), 1],
-        padding=_padding(call),
-        bias=_bias(call, 2),
-    )
-    return call.fused(made, call.option(4, "b"))
+    attributes = {
+        "strides": _strides(call, 1, 2),
+        "dilations": [1, call.option(6, "i", 1), call.option(5, "i", 1), 1],
+        "padding": _padding(call),
+        "bias": _bias(call, 2),
+    }
+    plain = kernel[0].reshape(*kernel.shape[1:3], channels, -1)
+    weight = kernel.transpose(3, 0, 1, 2)
+    return _convolved(call, "DepthwiseConv2dNative", plain, weight, call.option(4, "b"), attributes)
 
 
 def _transposed(call: _Call) -> Value:
@@ -438,11 +503,27 @@ def _dense(call: _Call) -> Value:
         flow_value = call.apply("Reshape", [flow, Known(sizes)], "rows")
         assert isinstance(flow_value, Flow)
         flow = flow_value
-    made = call.apply("MatMul", [flow, Known(weight)], transpose_b=True, bias=_bias(call, 2))
+    made = _multiplied(call, flow, weight, _bias(call, 2))
     if shape is not None and call.option(2, "b"):
         sizes = np.array([-1, *shape[:-1], weight.shape[0]], np.int32)
         made = call.apply("Reshape", [made, Known(sizes)], "steps")
-    return call.fused(made, call.option(0, "b"))
+    return made if call.whole else call.fused(made, call.option(0, "b"))
+
+
+def _multiplied(call: _Call, flow: Flow, weight: np.ndarray, bias: np.ndarray | None) -> Value:
+    settings = _whole_settings(call, call.option(0, "b"))
+    if settings is None:
+        return call.apply("MatMul", [flow, Known(weight)], transpose_b=True, bias=bias)
+    out, features = weight.shape
+    made = call.reader.mover.net.layer(
+        call.node.name,
+        lambda: LiteLinear(features, out, bias is not None, **settings),
+        flow.wire,
+        tensors=_whole_tensors(call, torch.from_numpy(np.array(weight, np.float32)), bias),
+    )
+    call.whole = True
+    call.reader.rounded += 1
+    return Flow(made)
 
 
 def _pool(op: str) -> Callable[[_Call], Value]:
@@ -572,12 +653,17 @@ _PLANS: dict[str, Callable[[_Call], Value | list[Value]]] = {
     "DEQUANTIZE": _same,
     "DIV": _binary("RealDiv"),
     "ELU": _plain("Elu"),
+    "EQUAL": _binary("Equal"),
     "EXP": _plain("Exp"),
     "EXPAND_DIMS": _plain("ExpandDims"),
     "FULLY_CONNECTED": _dense,
     "GELU": _layer(lambda call: lambda: nn.GELU("tanh" if call.option(0, "b") else "none")),
+    "GREATER": _binary("Greater"),
+    "GREATER_EQUAL": _binary("GreaterEqual"),
     "HARD_SWISH": _layer(lambda call: nn.Hardswish),
     "LEAKY_RELU": _layer(lambda call: lambda: nn.LeakyReLU(float(call.option(0, "f", 0.0)))),
+    "LESS": _binary("Less"),
+    "LESS_EQUAL": _binary("LessEqual"),
     "LOG": _plain("Log"),
     "LOGISTIC": _plain("Sigmoid"),
     "LOG_SOFTMAX": _plain("LogSoftmax"),
@@ -587,6 +673,7 @@ _PLANS: dict[str, Callable[[_Call], Value | list[Value]]] = {
     "MINIMUM": _binary("Minimum"),
     "MUL": _binary("Mul"),
     "NEG": _plain("Neg"),
+    "NOT_EQUAL": _binary("NotEqual"),
     "PACK": _pack,
     "PAD": _plain("Pad"),
     "PADV2": _plain("PadV2"),
@@ -602,6 +689,8 @@ _PLANS: dict[str, Callable[[_Call], Value | list[Value]]] = {
     "RESIZE_BILINEAR": _resize("ResizeBilinear"),
     "RESIZE_NEAREST_NEIGHBOR": _resize("ResizeNearestNeighbor"),
     "RSQRT": _plain("Rsqrt"),
+    "SELECT": _plain("SelectV2"),
+    "SELECT_V2": _plain("SelectV2"),
     "SHAPE": _plain("Shape"),
     "SLICE": _plain("Slice"),
     "SOFTMAX": _softmax,

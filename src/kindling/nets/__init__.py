@@ -33,6 +33,7 @@ from kindling.nets import layers_caffe as layers_caffe
 from kindling.nets import layers_dl4j as layers_dl4j
 from kindling.nets import layers_h2o as layers_h2o
 from kindling.nets import layers_keras as layers_keras
+from kindling.nets import layers_lite as layers_lite
 from kindling.nets import layers_onnx as layers_onnx
 from kindling.nets.vision import (
     MOBILENET_STAGES,

@@ -391,21 +391,6 @@ class KerasAttention(nn.Module):
         return f"heads={self.heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounded forward; gradients pass where the value was inside the range."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
-        steps = torch.round(x / scale) + zero
-        ctx.save_for_backward((steps >= low) & (steps <= high))
-        return (steps.clamp(low, high) - zero) * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None, None
-
-
 @graph.allow
 class Quantized(nn.Module):
     """Numbers as a tensor of whole numbers would hold them: rounded to steps of `scale`, cut to the range.
@@ -417,14 +402,25 @@ class Quantized(nn.Module):
     tensor([ -5.0000,   0.5000, 122.5000])
     """
 
-    def __init__(self, scale: float, zero: int, low: int, high: int) -> None:
+    def __init__(self, scale: float, zero: int, low: int, high: int, away: bool = False) -> None:
+        """
+        Args:
+            away: whether halves are rounded away from zero, the zero of the whole numbers, and not to the even one.
+        """
         super().__init__()
-        self.scale, self.zero, self.low, self.high = scale, zero, low, high
+        self.scale, self.zero, self.low, self.high, self.away = scale, zero, low, high, away
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            return (torch.round(x / self.scale) + self.zero).clamp(self.low, self.high).sub(self.zero).mul(self.scale)
-        return cast(Tensor, _StraightThrough.apply(x, self.scale, self.zero, self.low, self.high))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            if self.away:
+                raw = x / self.scale + self.zero
+                steps = raw.sign() * (raw.abs() + 0.5001).floor()  # a hair more: a half may come out a hair less
+            else:
+                steps = torch.round(x / self.scale) + self.zero
+            out = (steps.clamp(self.low, self.high) - self.zero) * self.scale
+        if x.requires_grad and torch.is_grad_enabled():
+            out = out + (x - x.detach()) * ((steps >= self.low) & (steps <= self.high))
+        return out
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, zero={self.zero}, {self.low}..{self.high}"

@@ -18,6 +18,8 @@ import kindling as kd
 from kindling.errors import ConfigError, FormatError
 from kindling.formats.keras import forget_layer, read, register_layer
 
+HERE = Path(__file__).parent  # ../tensorflow/README.md says where its files come from
+
 
 def idx(path: Path, offset: int) -> np.ndarray:
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=offset)
@@ -245,3 +247,16 @@ def test_nothing_outside_the_file_is_read(tmp_path: Path) -> None:
         archive.writestr("model.weights.h5", b"")
     with pytest.raises(FormatError, match=r"config\.json is no JSON"):
         read(tmp_path / "net.keras")
+
+
+@pytest.mark.parametrize("suffix", ["h5", "keras"])
+def test_files_of_keras_2_equal_its_own_answers(suffix: str) -> None:
+    answers = np.load(HERE / "keras2.npz")
+    made = read(HERE / f"keras2.{suffix}", keep_activation=True)
+    with torch.inference_mode():
+        found = made.module(torch.from_numpy(answers["px"]).permute(0, 3, 1, 2)).numpy()
+    assert np.abs(found - answers["want"]).max() <= 1e-4 * np.abs(answers["want"]).max()
+    nested = read(HERE / f"nested2.{suffix}")
+    with torch.inference_mode():
+        found = nested.module(torch.from_numpy(answers["xa"])).numpy()
+    assert np.abs(found - answers["nested"]).max() <= 1e-4 * np.abs(answers["nested"]).max()

@@ -134,12 +134,37 @@ def read_net(data: Fields, what: str, depth: int = 0) -> Net:
         if layer.kind == "InputLayer":
             layer.calls = [Call(())]
     inputs, outputs = (_tensors(config.get(side), what) for side in ("input_layers", "output_layers"))
+    _count_from_zero(layers, config["layers"], outputs)
     for ref in (*inputs, *outputs, *(ref for layer in layers for call in layer.calls for ref in call.refs)):
         if ref.layer not in known:
             raise FormatError(f"{what} uses the output of a layer {ref.layer[:80]!r}, which it does not have.")
     if not inputs or not outputs:
         raise FormatError(f"{what} has no input or no output.")
     return Net(name, kind, layers, inputs, outputs)
+
+
+def _count_from_zero(layers: list[Layer], entries: list[Any], outputs: list[Ref]) -> None:
+    """tf.keras counts the call that made a model before the calls in the net; here the first call in the net is 0."""
+    old = all(not isinstance(node, dict) for entry in entries for node in entry.get("inbound_nodes") or ())
+    every = [ref for layer in layers for call in layer.calls for ref in call.refs] + outputs
+    for layer in layers:
+        seen = {ref.call for ref in every if ref.layer == layer.name}
+        if not old or layer.model is None or not seen or 0 in seen or layer.model.layers[0].kind != "InputLayer":
+            continue
+
+        def shift(value: Any, name: str = layer.name) -> Any:
+            if isinstance(value, Ref):
+                return Ref(value.layer, value.call - 1, value.tensor) if value.layer == name else value
+            if isinstance(value, list):
+                return [shift(part) for part in value]
+            return value
+
+        for other in layers:
+            other.calls = [
+                Call(tuple(shift(arg) for arg in call.args), {key: shift(v) for key, v in call.kwargs.items()})
+                for call in other.calls
+            ]
+        outputs[:] = [shift(ref) for ref in outputs]
 
 
 def _sequential(name: str, kind: str, layers: list[Layer], config: Fields, what: str) -> Net:

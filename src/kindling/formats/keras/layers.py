@@ -30,6 +30,9 @@ from kindling.nets.layers_keras import (
     StepMask,
 )
 
+MAX_WINDOW = 2**16
+"""Cells along a side of a pooling window: beyond it, a file is refused."""
+
 One = Callable[[Site, Flow], Flow]
 Many = Callable[[Site, list[Flow]], Flow]
 
@@ -222,6 +225,8 @@ def pooling(axes: int, kind: str) -> One:
         wire, moved = site.channels(flow, axes)
         size = site.sizes("pool_size", axes, 2)
         strides = site.sizes("strides", axes, size)
+        if any(part > MAX_WINDOW for part in (*size, *strides)):
+            raise site.fail(f"has windows of {size} in steps of {strides}, which no picture needs")
         same = site.text("padding", "valid", "valid", "same") == "same"
         pad: tuple[int, ...] = (0,) * axes
         if same and kind == "average" and size != (1,) * axes:

@@ -85,7 +85,7 @@ class Site:
         return self._whole(key, default if value is None else value, low)
 
     def _whole(self, key: str, value: Any, low: int) -> int:
-        if isinstance(value, float) and value == int(value):
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < MAX_SIZE:
             raise self.fail(f"has {key}={str(value)[:60]}, not a whole number of {low} or more")

@@ -174,6 +174,7 @@ class Listed:
             return found
         # A model in the model has one list, of trained arrays and then of others: a layer's own keep their order.
         inner = [(name, [entry for entry in self._entries if name in entry.split("/")[1:-1]]) for name, _ in layers]
+        self._next = len(self._entries)
         return [Listed(self._root, self._what, f"{self._name}/{name}", entries) for name, entries in inner]
 
     def done(self) -> None:

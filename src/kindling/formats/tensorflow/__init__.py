@@ -247,10 +247,10 @@ class _Net:
         from kindling.formats.tensorflow.run import Runner, Scope
 
         self.graph, self.what, self.variables, self.names = graph, what, variables, names
-        self.input_shape, self.constants, self.scale, self.image, self.left = input_shape, constants, scale, image, most
+        self.input_shape, self.constants, self.scale, self.image = input_shape, constants, scale, image
         self.steps: list[Any] = []
         self.scope = Scope(graph.nodes)
-        self.runner: Runner = Runner(Mover(Assembly(what)), graph, self.feed, self.variable, what)
+        self.runner: Runner = Runner(Mover(Assembly(what)), graph, self.feed, self.variable, what, most)
         self._known: dict[str, Known] = {}
         self._asked: set[str] = set()
 
@@ -330,8 +330,5 @@ class _Net:
         value = self.runner.outputs(self.scope, [assigns[0].inputs[1]])[0]
         if not isinstance(value, Known):
             raise node.fail("begins with numbers that depend on the input")
-        self.left -= value.value.size
-        if self.left < 0:
-            raise node.fail("and others have no numbers in the file, and too many to draw; see max_parameters=")
         self._known[name] = Known(value.value, name, True)
         return self._known[name]

@@ -234,9 +234,9 @@ def _if(o: Op) -> list[Value]:
 # --------------------------------------------------------------------------------------------------- convolutions
 
 
-def _axes(o: Op, values: Sequence[int], first: bool) -> tuple[int, ...]:
+def axes_of(o: Op, values: Sequence[int], first: bool) -> tuple[int, ...]:
     """Numbers of the two axes of a picture, of four."""
-    if len(values) != 4 or any(not 0 < value < 2**20 for value in values):
+    if len(values) != 4 or any(not 0 < value <= 2**16 for value in values):
         raise o.fail(f"has {list(values)[:8]} where four positive numbers belong")
     batch, channel = values[0], values[1 if first else 3]
     if batch != 1 or channel != 1:
@@ -258,7 +258,7 @@ def _picture(o: Op, flow: Flow, first: bool) -> Wire:
     return o.last(flow) if first else o.runner.mover.first(flow)
 
 
-def _padded(
+def padded(
     o: Op, wire: Wire, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], first: bool, value: float
 ) -> tuple[Wire, tuple[int, ...]]:
     padding = o.node.text("padding", "VALID")
@@ -304,8 +304,8 @@ def _conv(o: Op) -> Value:
     wire = _picture(o, flow, first)
     if kernel.ndim != 4 or kernel.dtype.kind != "f" or not kernel.size:
         raise o.fail(f"has a kernel of shape {kernel.shape}")
-    stride = _axes(o, o.node.wholes("strides"), first)
-    dilation = _axes(o, o.node.wholes("dilations") or [1, 1, 1, 1], first)
+    stride = axes_of(o, o.node.wholes("strides"), first)
+    dilation = axes_of(o, o.node.wholes("dilations") or [1, 1, 1, 1], first)
     size, channels = kernel.shape[:2], wire.row[0]
     weight = _weights(kernel).permute(3, 2, 0, 1)
     groups = 1
@@ -316,7 +316,7 @@ def _conv(o: Op) -> Value:
         out = kernel.shape[3]
         if channels % kernel.shape[2] == 0 and kernel.shape[2]:
             groups = channels // kernel.shape[2]
-    wire, pad = _padded(o, wire, size, stride, dilation, first, 0.0)
+    wire, pad = padded(o, wire, size, stride, dilation, first, 0.0)
     tensors = {"weight": weight}
     bias = _biased(o, out, tensors)
     made = o.module(
@@ -335,8 +335,8 @@ def _transposed(o: Op) -> Value:
     wire = _picture(o, flow, first)
     if kernel.ndim != 4 or len(sizes) != 4:
         raise o.fail(f"has a kernel of shape {kernel.shape} and gives {sizes}")
-    stride = _axes(o, o.node.wholes("strides"), first)
-    if _axes(o, o.node.wholes("dilations") or [1, 1, 1, 1], first) != (1, 1):
+    stride = axes_of(o, o.node.wholes("strides"), first)
+    if axes_of(o, o.node.wholes("dilations") or [1, 1, 1, 1], first) != (1, 1):
         raise o.fail("is dilated, which is not read")
     wanted = sizes[2:] if first else sizes[1:3]
     size, out, channels = kernel.shape[:2], kernel.shape[2], wire.row[0]
@@ -415,14 +415,14 @@ def _batch_matmul(o: Op) -> Value:
 @op("MaxPool", "MaxPoolV2", "AvgPool")
 def _pool(o: Op) -> Value:
     first = _layout(o)
-    kernel = _axes(o, o.node.wholes("ksize"), first)
-    stride = _axes(o, o.node.wholes("strides"), first)
+    kernel = axes_of(o, o.node.wholes("ksize"), first)
+    stride = axes_of(o, o.node.wholes("strides"), first)
     wire = _picture(o, o.flow(0), first)
     if o.node.op == "AvgPool":
         if o.node.text("padding", "VALID") == "SAME" and kernel != (1, 1):
             return Flow(o.module(lambda: SameAvgPool(kernel, stride), wire), not first)
         return Flow(o.module(lambda: nn.AvgPool2d(kernel, stride), wire), not first)  # type: ignore[arg-type]
-    wire, pad = _padded(o, wire, kernel, stride, (1, 1), first, -math.inf)
+    wire, pad = padded(o, wire, kernel, stride, (1, 1), first, -math.inf)
     return Flow(o.module(lambda: nn.MaxPool2d(kernel, stride, pad), wire), not first)
 
 
@@ -621,6 +621,28 @@ def _squared_difference(o: Op) -> Value:
         else _elementwise(o, operator.sub, o.flow(0), right, False)  # type: ignore[arg-type]
     )
     return replace(gap, wire=o.call(torch.square, gap.wire))
+
+
+@op("Select", "SelectV2")
+def _select(o: Op) -> Value:
+    """Numbers of one tensor where a condition holds, else of another."""
+    if o.all_known:
+        return Known(np.where(*(o.known(place) for place in range(3))))
+    flows = [value for value in o.given if isinstance(value, Flow)]
+    rank = max(flow.rank for flow in flows)
+    moved = all(flow.moved for flow in flows) and len({flow.rank for flow in flows}) == 1
+    parts: list[Any] = []
+    for place, value in enumerate(o.given):
+        if isinstance(value, Flow):
+            parts.append(value.wire if moved else o.last(value))
+        elif isinstance(value, Known) and value.value.size == 1 and place:
+            parts.append(value.value.reshape(-1)[0].item())
+        elif isinstance(value, Known) and place and value.value.ndim <= 1:
+            shape = (-1, *(1,) * (rank - 2)) if moved else None
+            parts.append(o.numbers(value, shape))
+        else:
+            raise o.fail("chooses by a constant, or among constants of several axes, which is not read")
+    return Flow(o.call(torch.where, *parts), moved)
 
 
 @op("Cast")
@@ -1005,6 +1027,7 @@ def _random(o: Op) -> Value:
     sizes = o.ints(0)
     if any(size < 0 for size in sizes) or math.prod(sizes) > MAX_KNOWN:
         raise o.fail(f"draws the shape {sizes}, which is refused")
+    o.runner.draw(o.node, math.prod(sizes))
     out = torch.empty(sizes)
     generator = o.runner.made.setdefault("generator", torch.Generator().manual_seed(0))
     if o.node.op == "RandomUniform":

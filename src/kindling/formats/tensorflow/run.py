@@ -71,6 +71,8 @@ class Runner:
     variable: Callable[[Node], Known]
     """Gives a variable's numbers."""
     what: str
+    left: int = 2**29
+    """Weights that may still be drawn."""
     steps: int = 0
     depth: int = 0
     batches: set[int] = field(default_factory=lambda: {1})
@@ -80,6 +82,12 @@ class Runner:
 
     def fail(self, why: str) -> FormatError:
         return FormatError(f"{self.what}: {why}")
+
+    def draw(self, node: Node, count: int) -> None:
+        """Take so many weights off those that may be drawn."""
+        self.left -= count
+        if self.left < 0:
+            raise node.fail("and others draw more weights than are made without a file; see max_parameters=")
 
     def outputs(self, scope: Scope, wanted: Sequence[str]) -> list[Value]:
         """The values of some tensors, `node`, `node:1` or `node:name:1`."""
