@@ -462,9 +462,10 @@ def load(
 
     Args:
         source: a net of kindling (`"vgg16"`), the path of a bundle that `Model.save` wrote, or a local file of Caffe
-            (`.prototxt`, `.caffemodel`), Deeplearning4j (zip), H2O (MOJO), BigDL, Keras (`.keras`, `.h5`), TensorFlow (`.pb`, SavedModel, `.tflite`), ONNX or `torch.export` (`.pt2`): told
-            apart by what is in it. `torchvision:NAME`, `timm:NAME`, `hf:NAME`, `keras:NAME` for nets of those libraries. Or a Model,
-            to be given other weights.
+            (`.prototxt`, `.caffemodel`), Deeplearning4j (zip), H2O (MOJO), BigDL, Keras (`.keras`, `.h5`), TensorFlow
+            (`.pb`, SavedModel, `.tflite`), ONNX or `torch.export` (`.pt2`): told apart by what is in it.
+            `torchvision:NAME`, `timm:NAME`, `hf:NAME`, `keras:NAME` for nets of those libraries. Or a Model, to be
+            given other weights.
         weights: for a net by name: a file, a URL, or the name of published weights; None draws random ones. For a
             `.prototxt`, its `.caffemodel`. For a Model, a `.safetensors` or `.pth` file of its own names.
         layout: which of the net's layouts the file has, where it fits several (`kindling.nets.NETS[name].layouts`).
