@@ -40,8 +40,10 @@ def scores(model: kd.Model) -> np.ndarray:
     return np.array([[row[label] for label in sorted(row)] for row in rows])
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["preparation inside", "outside"])
-@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    ("ending", "inside"),
+    [(".onnx", True), (".pt2", True), (".pt2", False), pytest.param(".onnx", False, marks=pytest.mark.slow)],
+)
 def test_a_model_comes_back_with_its_preparation_and_labels(ending: str, inside: bool, tmp_path: Path) -> None:
     if ending == ".onnx":
         pytest.importorskip("onnxscript")

@@ -56,6 +56,7 @@ def test_a_net_of_torchvision_with_a_file_of_weights(tmp_path: Path) -> None:
         kd.load("torchvision:resnet34", weights=tmp_path / "resnet18.pth")
 
 
+@pytest.mark.slow
 def test_a_net_of_timm(tmp_path: Path) -> None:
     installed("timm")
     model = kd.load("timm:test_vit")
@@ -72,6 +73,7 @@ def test_a_net_of_timm(tmp_path: Path) -> None:
         kd.load("timm:resnett18")
 
 
+@pytest.mark.slow
 def test_a_net_of_transformers_from_a_folder(tmp_path: Path) -> None:
     installed("transformers")
     torchvision_first()  # transformers imports it too

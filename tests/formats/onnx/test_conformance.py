@@ -18,8 +18,8 @@ def listed(conformance: ModuleType) -> set[str]:
 
 def test_a_sample_of_the_cases_passes_as_the_page_says(conformance: ModuleType) -> None:
     failed = listed(conformance)
-    chosen = conformance.cases()[::9]
-    assert len(chosen) > 200
+    chosen = conformance.cases()[::15]
+    assert len(chosen) > 100
     for case in chosen:
         outcome = conformance.run_case(case)
         assert outcome.passed == (case.name not in failed), f"{case.name}: {outcome}"
