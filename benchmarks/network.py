@@ -93,9 +93,14 @@ def measure(
         answers = run_together("network_worker", specs, prefixes=net.prefixes, timeout_s=limit_s)
         relay_cpu_s = net.relay_cpu_s()
     where = f"{workers} workers, {link.name if link else 'one machine'}"
-    sums = {size["bytes"]: statistics.median(size["seconds"]) for size in answers[0]["sums"]}
+    # The quickest of several: whatever else the machine does can only make a sum slower.
+    sums = {size["bytes"]: min(size["seconds"]) for size in answers[0]["sums"]}
     largest = max(sums)
-    told: dict[str, Any] = {"workers": workers, **(asdict(link) if link else {"one_machine": True})}
+    told: dict[str, Any] = {
+        "workers": workers,
+        "cores": bench.cores,
+        **(asdict(link) if link else {"one_machine": True}),
+    }
     name = f"{where}: a sum of {largest / 2**20:g} MiB"
     bench.record(name, sums[largest], "s", round=round, sums=list(sums.items()), relay_cpu_s=relay_cpu_s, **told)
     for trial in asked:
@@ -159,7 +164,9 @@ def _picture(figures: Sequence[Mapping[str, Any]], workers: int, target: float, 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
     links = list(dict.fromkeys((line["rate_bit_s"], line["delay_s"]) for line in figures))
     slow = min(rate for rate, delay in links if not delay)
     names = [Link(rate_bit_s=rate, delay_s=delay).name.replace(", ", "\n") for rate, delay in links]
@@ -180,7 +187,10 @@ def _picture(figures: Sequence[Mapping[str, Any]], workers: int, target: float, 
         left.set_title(f"{workers} workers, {Link(rate_bit_s=slow).name}", fontsize=9)
         right.set(yscale="log", ylabel=f"seconds to {100 * target:g} %")
         right.set_title(f"{workers} workers, by link", fontsize=9)
-        right.legend(fontsize=7)
+        for axis in (left.xaxis, right.yaxis):
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(plain)
+        picture.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         picture.savefig(path, metadata={"Date": None})
         plt.close(picture)
     return path
@@ -212,9 +222,9 @@ CASE = Case(
             "test_rows": 5000,
             "batch_size": 64,
             "target": 0.88,
-            "limit_s": 60.0,
+            "limit_s": 100.0,
             "sizes": [1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24],
-            "repeats": 3,
+            "repeats": 7,
             "links": {
                 "2": _links((1e10, 0.0), (1e9, 0.0), (1e8, 0.0), (1e8, 0.02)),
                 "4": _links((1e8, 0.0)),

@@ -53,7 +53,7 @@ def test_every_case_is_registered_and_documented(run: Any) -> None:
         assert [name for name in run.CASES if f"`{name}`" not in text] == [], page
 
 
-@pytest.mark.parametrize("module", ["harness", "inputs", "links", "network", "optimum", "page"])
+@pytest.mark.parametrize("module", ["harness", "inputs", "links", "network", "optimum", "page", "scaling"])
 def test_examples_in_the_docstrings_hold(run: Any, module: str) -> None:
     pytest.importorskip("sklearn")
     found = doctest.testmod(importlib.import_module(f"benchmarks.{module}"))
@@ -171,6 +171,66 @@ def test_a_link_has_its_rate_and_delay_and_leaves_nothing_behind(links: Any, del
     assert 0.7 <= sent_s
     spaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert f"kindling-{os.getpid()}-" not in spaces
+
+
+def test_the_model_of_scaling_is_fitted_and_its_page_written(run: Any, harness: Any, tmp_path: Path) -> None:
+    """From figures made with known constants, the same constants; every table has its rows."""
+    scaling = importlib.import_module("benchmarks.scaling")
+    lan = {"start_s": 2e-4, "peer_s": 1e-4, "delays": 3.0, "wire": 1.1, "crowd": 0.3, "copy_s_per_byte": 4e-10}
+    true = {"network": lan, "one_machine": {**dict.fromkeys(lan, 0.0), "start_s": 1e-4, "copy_s_per_byte": 1e-10}}
+
+    def bench_for(case: str) -> Any:
+        bench = harness.Bench(
+            case=run.find(case), quiet=True, results=tmp_path, command=f"python benchmarks/run.py {case}"
+        )
+        return bench
+
+    bench, sizes = bench_for("network"), (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+    for workers, rate, delay in [
+        (2, 1e10, 0.0),
+        (2, 1e8, 0.0),
+        (2, 1e8, 0.02),
+        (3, 1e9, 0.0),
+        (4, 1e9, 0.0),
+        (0, 1, 0),
+    ]:
+        count = workers or 2
+        net = scaling.Network(
+            rate_bit_s=rate, delay_s=delay, one_machine=not workers, workers_per_core=count / bench.cores
+        )
+        sums = [(size, scaling.exchange_s(size, count, net, true)) for size in sizes]
+        where = {"rate_bit_s": rate, "delay_s": delay, "relay": False} if workers else {"one_machine": True}
+        told = {"workers": count, "cores": bench.cores, **where}
+        bench.record("sums", 1.0, "s", sums=sums, **told)
+        for trial in ("allreduce", "averaging every=16") if workers else ():
+            spent = {name: [0.5] * count for name in ("compute_s", "data_s", "communicate_s", "bytes_sent")}
+            steps = {"step": 100, "steps_per_epoch": 50, "reached": True, "accuracy": 0.9, "curve": []}
+            bench.record(f"{workers} {trial}", 2.0, "s to target", trial=trial, **spent, **steps, **told)
+    bench.write()
+    for case, name, details in (
+        ("lenet_epoch", "kindling, all-reduce: fit to first step", {}),
+        ("spool", "kindling, pack and spool", {"phases": {"pack": 2.0, "spool": 1.0}}),
+    ):
+        other = bench_for(case)
+        other.record(name, 2.5, "s", **details)
+        other.write()
+    page, constants = tmp_path / "page.md", tmp_path / "constants.json"
+    marks = "".join(f"<!-- scaling: {name} -->\nold\n<!-- end -->\n" for name in scaling.TABLES)
+    page.write_text(f"before\n{marks}after")
+    words = ["--results", str(tmp_path), "--constants", str(constants), "--page", str(page)]
+    assert scaling.main(words) == 0
+    known = json.loads(constants.read_text())
+    assert known["network"] == pytest.approx(lan, rel=1e-2, abs=1e-12)
+    assert known["one_machine"]["copy_s_per_byte"] == pytest.approx(1e-10, rel=1e-2)
+    assert known["fit"]["network"]["largest_error"] < 1e-3
+    assert known["start_s"] == 2.5
+    assert known["pack_bytes_s_per_worker"] == pytest.approx(30607 * 4096 * 4 / 3 / 2)
+    text = page.read_text()
+    assert "old" not in text
+    assert text.endswith("after")
+    assert text.count("\n| averaging every=16 |") == 3  # two, three and four workers
+    assert "512 workers" in text
+    assert scaling.main(["--results", str(tmp_path / "empty"), *words[2:]]) == 1
 
 
 def test_every_strategy_is_tried_on_slow_networks(run: Any) -> None:

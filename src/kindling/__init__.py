@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Advice": "kindling.advice",
     "AllReduce": "kindling.train.strategies",
     "DiLoCo": "kindling.train.strategies",
     "Downpour": "kindling.train.strategies",
@@ -22,6 +23,7 @@ _HOME = {
     "Report": "kindling.evaluate",
     "StopTraining": "kindling.train.callbacks",
     "ThresholdSharing": "kindling.train.strategies",
+    "advise": "kindling.advice",
     "decay_groups": "kindling.train.strategies.parameter_groups",
     "errors": "kindling.errors",
     "labels": "kindling.read",
@@ -36,6 +38,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Advice",
     "AllReduce",
     "DiLoCo",
     "Downpour",
@@ -48,6 +51,7 @@ __all__ = [
     "StopTraining",
     "ThresholdSharing",
     "__version__",
+    "advise",
     "decay_groups",
     "errors",
     "labels",
@@ -63,6 +67,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from kindling import errors, nets, prepare, read
+    from kindling.advice import Advice, advise
     from kindling.evaluate import Report
     from kindling.model import Model, load
     from kindling.predict.output import provenance

@@ -20,6 +20,7 @@ from kindling.randomness import borrowed
 from kindling.signature import Signature
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from pyspark.sql import DataFrame, SparkSession
     from torch import Tensor, nn
@@ -90,6 +91,21 @@ def default_optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
+def made_up_rows(preparation: Preparation, count: int) -> dict[str, np.ndarray]:
+    """Packed columns of rows as a preparation gives them: noise, the first class, sequences of full length."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, (dtype, shape) in preparation.packed_spec(targets=True).items():
+        noise = rng.random((count, *shape))
+        arrays[name] = (noise * (255 if dtype == "uint8" else 0 if "int" in dtype else 1)).astype(dtype)
+    for step in preparation.inputs:
+        if isinstance(step, SequenceStep):
+            arrays[step.length_column][:] = step.max_length
+    return arrays
+
+
 def rehearse(
     module: nn.Module,
     signature: Signature,
@@ -103,7 +119,6 @@ def rehearse(
 
     Raises: ModelError, ConfigError, TrainingError: what does not fit.
     """
-    import numpy as np
     import torch
 
     from kindling import surgery
@@ -111,14 +126,7 @@ def rehearse(
     from kindling.train.rates import make_schedule
     from kindling.train.strategies.parameter_groups import wants_names
 
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for name, (dtype, shape) in preparation.packed_spec(targets=True).items():
-        noise = rng.random((4, *shape))
-        arrays[name] = (noise * (255 if dtype == "uint8" else 0 if "int" in dtype else 1)).astype(dtype)
-    for step in preparation.inputs:
-        if isinstance(step, SequenceStep):
-            arrays[step.length_column][:] = step.max_length
+    arrays = made_up_rows(preparation, 4)
     copied = copy.deepcopy(module)
     surgery.set_training(copied, frozen)
     trainable = [p for p in copied.parameters() if p.requires_grad]
