@@ -346,6 +346,7 @@ def run_together(
         return answers
     finally:
         guard.cancel()
+        guard.join()  # it wakes to end; nothing of it is to be left
         for child in children:
             if child.poll() is None:
                 child.kill()

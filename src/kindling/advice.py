@@ -162,7 +162,8 @@ def advise(
 
     cores = _cores()
     step_s, variation = measured(threads)
-    alone_s = step_s if cores == threads else measured(cores)[0]
+    # More threads are not always faster: small nets have nothing to share out among them.
+    alone_s, alone_threads = min([(step_s, threads), *([(measured(cores)[0], cores)] if cores != threads else [])])
     job = Job(
         weights=trainable(module, model.frozen), rows=count, batch_size=batch_size, step_s=step_s, variation=variation
     )
@@ -187,7 +188,8 @@ def advise(
             bytes_sent=found.bytes_sent,
         )
 
-    one = option(f"one machine, {cores} threads", scaling.estimate(replace(job, step_s=alone_s), 1, network), cores)
+    alone = scaling.estimate(replace(job, step_s=alone_s), 1, network)
+    one = option(f"one machine, {alone_threads} threads", alone, alone_threads)
     options = [one, *(option(name, found, threads) for name, found in strategies(job, workers, network))]
     pick, reason = choose(options)
     assumptions = [
