@@ -478,7 +478,7 @@ def test_a_run_directory_tells_the_whole_story(spark: Any, tmp_path: Path) -> No
     run = tmp_path / "run"
     trained = fit(net(), frame(spark, blobs(100)), run=run)
     told = json.loads((run / "run.json").read_text())
-    assert told["strategy"] == {"name": "AllReduce"}
+    assert told["strategy"]["name"] == "AllReduce"
     assert told["settings"]["epochs"] == 2
     kinds = [
         json.loads(line)["kind"]
