@@ -19,7 +19,7 @@ from kindling.errors import FormatError
 from kindling.signature import Signature, TensorSpec
 
 MAX_LAYERS = 10_000
-MAX_ROW = 2**29
+MAX_ROW = 2**31
 """Numbers in one row of anything inside a net: beyond it, a file is refused."""
 ROWS = 7919  # of the made-up batch whose shapes are followed: a prime, so that it is told from other sizes
 _TAKEN = frozenset(dir(fx.GraphModule)) | {"meta", "self", "torch", "device", "inf", "nan", "NoneType", "operator"}
