@@ -41,6 +41,14 @@ def test_digits_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.spark
+def test_search_digits(spark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = load("search_digits").main(spark.conf.get("spark.master"), trials=3)
+    shown = capsys.readouterr().out
+    assert accuracy > 0.5  # chance is 0.1
+    assert shown.splitlines()[0].split() == ["trial", "accuracy", "lr", "hidden", "epochs", "seconds"]
+
+
+@pytest.mark.spark
 def test_transfer_photos(spark: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accuracy = load("transfer_photos").main(str(photos), "lenet", "fc1", str(tmp_path / "model"))
     assert accuracy > 0.6  # a linear head on random features; chance is 0.33

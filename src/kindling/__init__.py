@@ -21,6 +21,7 @@ _HOME = {
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
     "Report": "kindling.evaluate",
+    "SearchResult": "kindling.tune",
     "StopTraining": "kindling.train.callbacks",
     "ThresholdSharing": "kindling.train.strategies",
     "advise": "kindling.advice",
@@ -33,8 +34,11 @@ _HOME = {
     "prepare": "kindling.prepare",
     "provenance": "kindling.predict.output",
     "read": "kindling.read",
+    "search": "kindling.tune",
+    "space": "kindling.tune",
     "spark": "kindling.session",
     "split": "kindling.read",
+    "tune": "kindling.tune",
 }
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "ParameterAveraging",
     "Preparation",
     "Report",
+    "SearchResult",
     "StopTraining",
     "ThresholdSharing",
     "__version__",
@@ -61,12 +66,15 @@ __all__ = [
     "prepare",
     "provenance",
     "read",
+    "search",
+    "space",
     "spark",
     "split",
+    "tune",
 ]
 
 if TYPE_CHECKING:
-    from kindling import errors, nets, prepare, read
+    from kindling import errors, nets, prepare, read, tune
     from kindling.advice import Advice, advise
     from kindling.evaluate import Report
     from kindling.model import Model, load
@@ -79,6 +87,7 @@ if TYPE_CHECKING:
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import AllReduce, DiLoCo, Downpour, ParameterAveraging, ThresholdSharing
     from kindling.train.strategies.parameter_groups import decay_groups, parameter_groups
+    from kindling.tune import SearchResult, search, space
 
 
 def __getattr__(name: str) -> Any:

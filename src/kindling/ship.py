@@ -417,14 +417,26 @@ def bounded_arrow_batches(spark: SparkSession) -> Iterator[None]:
     if spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch", None) is not None:
         yield
         return
-    before = spark.conf.get(name, "10000")
-    spark.conf.set(name, str(min(int(before or 10000), _ROWS_PER_ARROW_BATCH)))
+    session = session_key(spark)
+    with _one_at_a_time:
+        inside, before = _bounded.get(session, (0, ""))
+        if not inside:
+            before = spark.conf.get(name, "10000") or "10000"
+            spark.conf.set(name, str(min(int(before), _ROWS_PER_ARROW_BATCH)))
+        _bounded[session] = inside + 1, before
     try:
         yield
     finally:
-        spark.conf.set(name, before)
+        with _one_at_a_time:
+            inside, before = _bounded.pop(session)
+            if inside > 1:
+                _bounded[session] = inside - 1, before
+            else:
+                spark.conf.set(name, before)
 
 
+_bounded: dict[str, tuple[int, str]] = {}
+"""Session -> how many are inside, and the setting to put back when the last one leaves."""
 _ROWS_PER_ARROW_BATCH = 256
 """Keeps a batch of photos small."""
 

@@ -25,7 +25,7 @@ from kindling import ship
 from kindling.errors import ConfigError, DataError, KindlingError, SessionError, from_text
 from kindling.prepare import ArrayStep, Preparation, Step
 from kindling.signature import Signature
-from kindling.train import preflight, spool
+from kindling.train import packing, preflight, spool
 from kindling.train.callbacks import Callback, Callbacks
 from kindling.train.events import Event
 from kindling.train.listener import Listener
@@ -128,7 +128,13 @@ def fit(
             listener = stack.enter_context(Listener(desk.on_event, address, table=table, place=place, kill=kill))
         else:
             preflight.check_patience(spark)
-        prefix = _prefix(spark, model, split, df, frozen_precision, key_columns) if split else None
+        prefix = None
+        if split:
+            front = ship.ship_module(spark, split.prefix), model.preparation.to_json(), frozen_precision
+            prefix = packing.once(
+                (front, key_columns, df),
+                partial(_prefix, spark, model, split, df, frozen_precision, key_columns),
+            )
         run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
         spec = WorkerSpec(
             run=f"{secrets.token_hex(4)}",
@@ -163,6 +169,7 @@ def fit(
         packed = _packed(df, pack, needed, key_columns)
         if validation is not None:
             packed = packed.unionAll(_packed(validation, replace(pack, stream=spool.VALIDATION), needed, key_columns))
+        packed = packing.kept((pack, needed, key_columns, df, validation), packed)
         work = ship.guard(partial(run_worker, spec))
         routed = packed.repartition(workers, "key")
         if plain:
@@ -451,7 +458,7 @@ def _collect(
     Raises: the error that a worker has told.
     """
     tag = f"kindling-{secrets.token_hex(6)}"
-    cancel = _cancel_by_tag(spark, tag, stack)
+    cancel = cancel_by_tag(spark, tag, stack)
     rows: list[tuple[int, str, int, bytes]] = []
     try:
         with ship.bounded_arrow_batches(spark):
@@ -523,7 +530,7 @@ def _task_killer(spark: SparkSession) -> Callable[[int, str], None] | None:
     return kill
 
 
-def _cancel_by_tag(spark: SparkSession, tag: str, stack: contextlib.ExitStack) -> Callable[[], None]:
+def cancel_by_tag(spark: SparkSession, tag: str, stack: contextlib.ExitStack) -> Callable[[], None]:
     """Tag the jobs of this thread; returns what cancels them, from any thread."""
     if ship.is_connect(spark):
         spark.addTag(tag)
