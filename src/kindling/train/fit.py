@@ -88,6 +88,7 @@ def fit(
     began = time.time()
     targets = read_targets(model, df, target, loss, loss_weights, weight_column)
     preparation = Preparation(model.preparation.inputs, targets.packed)
+    rows = df, validation
     if validation is not None and weight_column is not None and weight_column not in validation.columns:
         validation = _weighted_alike(validation, weight_column)
     needed = preparation.columns(targets=True)
@@ -169,7 +170,7 @@ def fit(
         packed = _packed(df, pack, needed, key_columns)
         if validation is not None:
             packed = packed.unionAll(_packed(validation, replace(pack, stream=spool.VALIDATION), needed, key_columns))
-        packed = packing.kept((pack, needed, key_columns, df, validation), packed)
+        packed = packing.kept((pack, needed, key_columns, rows), packed)
         work = ship.guard(partial(run_worker, spec))
         routed = packed.repartition(workers, "key")
         if plain:
