@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class SuccessiveHalving:
         return mine[epoch] < values[-going_on]
 
 
-PRUNERS = {"median": MedianStopping, "halving": SuccessiveHalving}
+PRUNERS: dict[str, Callable[[], Pruner]] = {"median": MedianStopping, "halving": SuccessiveHalving}
 
 
 def choose(given: Pruner | str | None) -> Pruner | None:
