@@ -86,7 +86,7 @@ def kindling_head(bench: Bench, split: Split, names: list[str], strengths: tuple
             workers=bench.cores,
             seed=bench.seed,
             key="row",
-            checkpoint_every=bench["epochs"],
+            checkpoints=kd.Checkpoints(epochs=None),
             progress=False,
         )
         accuracy = head.history[-1]["epochs"][-1]["validation"]["accuracy"]

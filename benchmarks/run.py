@@ -39,6 +39,7 @@ CASES = (
     "torch_distributor",
     "spool",
     "network",
+    "larger_than_memory",
 )
 """The registry: each name is a module of this package with one `CASE`."""
 

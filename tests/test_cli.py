@@ -114,7 +114,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
         (["nonsense"], "No such command"),
         (["summary"], "Missing argument"),
         (["summary", "lenet", "--nonsense"], "No such option"),
-        (["fit", "photos", "--out", "model"], "Missing option"),
+        (["fit", "photos", "--out", "model"], "--model and --out are needed"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--epochs", "0"], "--epochs"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "magic"], "averaging:N"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "diloco:5,speed=3"], "outer_lr"),
@@ -423,6 +423,28 @@ def test_fit_a_net_of_the_user_s(spark: Any, photos: Path, nets: Path) -> None:
     assert (settings["warmup_steps"], settings["ema_decay"], settings["max_seconds"]) == (2, 0.5, 3600.0)
     assert settings["early_stopping"]["patience"] == 5
     assert (last["epoch"], last["steps"], last["stopped"]) == (2, 1, "max_steps")  # 3 steps an epoch
+
+
+@pytest.mark.spark
+def test_a_run_goes_on_as_it_was_started_but_longer(spark: Any, photos: Path, nets: Path) -> None:
+    words = ("fit", photos, "--model", "my_nets:needs", "--validation", photos, "--epochs", "2", "--workers", "1")
+    run(*words, "--out", "model", "--run", "run")
+    assert kd.load("./model").labels == ("0", "1", "2")
+    # As it was started, but longer.
+    again = answer("fit", "--resume", "run", "--epochs", "3", "--overwrite")
+    assert again["model"] == "model"
+    assert len(again["history"]["epochs"]) == 3
+    assert [resumed["epoch"] for resumed in again["history"]["resumed"]] == [3]
+    assert kd.load("./model").history[-1]["settings"]["epochs"] == 3
+    refused = run("fit", "--resume", "run", "--epochs", "3", "--overwrite", "--seed", "5", code=1)
+    assert "settings.seed: was 0, is 5" in refused.stderr
+
+
+def test_a_run_that_no_command_started_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"version": 2, "about": {}}')
+    assert "was not started by `kindling fit`" in run("fit", "--resume", tmp_path, code=1).stderr
+    assert "holds no run" in run("fit", "--resume", tmp_path / "nothing", code=1).stderr
+    assert "DATA, --model and --out are needed" in run("fit", "data", "--out", "model", code=2).stderr
 
 
 @pytest.mark.spark

@@ -174,7 +174,10 @@ class Watch:
         if accuracy >= self._target or up:
             raise _Ended
 
-    def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None: ...
+    def busy(self) -> bool:
+        return False
+
+    def on_checkpoint(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None: ...
 
     def result(self) -> dict[str, Any]:
         last = self._curve[-1]

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Advice": "kindling.advice",
     "AllReduce": "kindling.train.strategies",
+    "Checkpoints": "kindling.train.policy",
     "DiLoCo": "kindling.train.strategies",
     "Downpour": "kindling.train.strategies",
     "EarlyStopping": "kindling.train.settings",
@@ -21,6 +22,7 @@ _HOME = {
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
     "Report": "kindling.evaluate",
+    "Run": "kindling.train.run",
     "SearchResult": "kindling.tune",
     "StopTraining": "kindling.train.callbacks",
     "ThresholdSharing": "kindling.train.strategies",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "Advice",
     "AllReduce",
+    "Checkpoints",
     "DiLoCo",
     "Downpour",
     "EarlyStopping",
@@ -52,6 +55,7 @@ __all__ = [
     "ParameterAveraging",
     "Preparation",
     "Report",
+    "Run",
     "SearchResult",
     "StopTraining",
     "ThresholdSharing",
@@ -84,6 +88,8 @@ if TYPE_CHECKING:
     from kindling.session import spark
     from kindling.train.callbacks import StopTraining
     from kindling.train.events import Event
+    from kindling.train.policy import Checkpoints
+    from kindling.train.run import Run
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import AllReduce, DiLoCo, Downpour, ParameterAveraging, ThresholdSharing
     from kindling.train.strategies.parameter_groups import decay_groups, parameter_groups

@@ -85,6 +85,29 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+_OF_A_CALL = ("run", "resume", "overwrite", "master", "remote", "spark_log", "as_json")
+"""Options of `fit` that say where and how it runs this time, not what run it is."""
+
+
+def _as_started(context: typer.Context, run: str) -> dict[str, Any]:
+    """All options of the command that started a run; those given now count instead of its own.
+
+    Raises: ConfigError, when there is no run, or it was not started by a command.
+    """
+    session = None
+    if "://" in run:
+        session = _spark(context.params["master"], context.params["remote"], context.params["spark_log"])
+    started = (kd.Run.open(run, spark=session).asked.get("about") or {}).get("command")
+    if started is None:
+        raise kd.errors.ConfigError(
+            "resume", run, "was not started by `kindling fit`", "Go on with Model.fit(run=...), as it was started"
+        )
+    given = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+    again = {n: started.get(n, value) if n not in given else value for n, value in context.params.items()}
+    context.params.update(again, run=run, resume=None)
+    return dict(context.params)
+
+
 def _refuse_to_replace(out: str, overwrite: bool) -> None:
     """Say at once what saving would say after hours of training."""
     place = Path(out)
@@ -174,12 +197,14 @@ def featurize(
 @app.command(
     epilog="**Examples**: `kindling fit digits/ --model my_nets:small --out model --epochs 10`, where my_nets.py holds "
     "`def small(labels): return kd.Model.of(net, ..., labels=labels)`; "
-    "`kindling fit more-photos/ --model model --out model2 --lr 0.001` trains a saved model further."
+    "`kindling fit more-photos/ --model model --out model2 --lr 0.001` trains a saved model further; "
+    "`kindling fit --resume runs/1` goes on where a run with `--run runs/1` was broken off."
 )
 def fit(
-    data: o.Data,
-    model: o.ModelName,
-    out: Annotated[str, o.option(o.OUTPUT, "Where to save the trained model.", metavar="FOLDER")],
+    context: typer.Context,
+    data: o.TrainingData = None,
+    model: o.TrainedName = None,
+    out: Annotated[str | None, o.option(o.OUTPUT, "Where to save the trained model.", metavar="FOLDER")] = None,
     weights: o.Weights = None,
     validation: Annotated[
         list[str] | None,
@@ -204,7 +229,20 @@ def fit(
     workers: o.Workers = None,
     seed: o.Seed = 0,
     run: Annotated[
-        str | None, o.option(o.TRAINING, "New run directory for events, checkpoints, the model.", metavar="FOLDER")
+        str | None,
+        o.option(
+            o.TRAINING,
+            "Run directory for events, checkpoints, the model. A run of the same command that is there goes on.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        o.option(
+            o.TRAINING,
+            "Go on with the run in this directory, as it was started; options given beside count instead of its own.",
+            metavar="RUN",
+        ),
     ] = None,
     on_error: o.OnError = "fail",
     overwrite: o.Overwrite = False,
@@ -215,7 +253,14 @@ def fit(
     as_json: o.Json = False,
 ) -> None:
     """Train a model on Spark and save it."""
+    if resume is not None:
+        with command(as_json=as_json):
+            again = _as_started(context, resume)
+        fit(context, **again)
+        return
     with command(as_json=as_json) as output:
+        if not data or model is None or out is None:
+            raise typer.BadParameter("DATA, --model and --out are needed, or --resume with a run that knows them")
         agree = o.strategy_of(strategy)
         _refuse_to_replace(out, overwrite)
         clock = Clock()
@@ -246,6 +291,7 @@ def fit(
                 workers=workers,
                 seed=seed,
                 run=run,
+                about={"command": {name: value for name, value in context.params.items() if name not in _OF_A_CALL}},
                 target=target,
                 on_error=on_error,
             )

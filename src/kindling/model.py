@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kindling.surgery import Summary
     from kindling.train.callbacks import Callback
     from kindling.train.figures import Metric
+    from kindling.train.policy import Checkpoints
     from kindling.train.settings import EarlyStopping
     from kindling.train.strategies import Strategy
     from kindling.train.targets import Loss
@@ -299,9 +300,11 @@ class Model:
         validate_every: int = 1,
         validate_every_steps: int | None = None,
         run: str | Path | None = None,
+        resume: str | bool = "auto",
+        about: Mapping[str, Any] | None = None,
         on_error: str = "fail",
         key: str | None = None,
-        checkpoint_every: int = 1,
+        checkpoints: Checkpoints | None = None,
         timeout_s: float = 600.0,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
@@ -356,12 +359,19 @@ class Model:
             max_seconds: end after so many seconds of training.
             validate_every: epochs between validations.
             validate_every_steps: steps between further ones.
-            run: run directory for events, checkpoints and the final model, on any file system; must not hold a run
-                already. None keeps checkpoints in a temporary one.
+            run: run directory for events, checkpoints and the final model, on any file system. None keeps checkpoints
+                in a temporary one.
+            resume: what to do with a run that the directory holds already. `"auto"` goes on from its newest whole
+                checkpoint, wherever in an epoch that is, or gives its model at once if it has ended; it refuses where
+                data, model or settings are not what they were. There may be other workers, whose batches then change
+                so that the global batch does not, and more `epochs`. True: there must be one. False: there must be
+                none. `"anyway"` goes on although something changed.
+            about: JSON values of yours that are kept with the run.
             on_error: broken rows `"fail"` the training or are left out (`"drop"`) and counted. A label that the
                 model does not know is a broken row too.
             key: the column whose hash gives a row its place; `path` if there is one, else all columns read.
-            checkpoint_every: epochs between checkpoints.
+            checkpoints: when to write them and which to keep, `kindling.Checkpoints(steps=500, keep=3)`; one after each
+                epoch if None.
             timeout_s: a worker without progress for so long is given up and all are started again; so long they wait,
                 too, for one that Spark has no slot for yet.
             callbacks: functions called on the driver with every `kindling.Event` of the training, in order; one that
@@ -372,6 +382,7 @@ class Model:
             the training.
         """
         from kindling.train.fit import fit
+        from kindling.train.policy import Checkpoints
         from kindling.train.settings import LoopSettings
 
         return fit(
@@ -394,7 +405,7 @@ class Model:
                 validate_every=validate_every,
                 validate_every_steps=validate_every_steps,
                 early_stopping=early_stopping,
-                checkpoint_every=checkpoint_every,
+                checkpoints=checkpoints or Checkpoints(),
             ),
             optimizer=optimizer,
             schedule=schedule,
@@ -406,6 +417,8 @@ class Model:
             workers=workers,
             threads=threads,
             run=run,
+            resume=resume,
+            about=about,
             target=target,
             weight_column=weight_column,
             augment=augment,

@@ -33,32 +33,32 @@ def option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-Data = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="DATA...",
-        help="Folders or globs of photos, on any file system Spark reads; the parent folder's name is the label. "
-        "A name that ends in .parquet is read as a table.",
-        show_default=False,
-    ),
-]
+_DATA: Any = typer.Argument(
+    metavar="DATA...",
+    help="Folders or globs of photos, on any file system Spark reads; the parent folder's name is the label. "
+    "A name that ends in .parquet is read as a table.",
+    show_default=False,
+)
+Data = Annotated[list[str], _DATA]
+TrainingData = Annotated[list[str] | None, _DATA]
+"""Where `--resume` may say it instead."""
 Master = Annotated[str | None, option(WHERE, "Spark master, such as local[4] or yarn.", metavar="URL")]
 Remote = Annotated[str | None, option(WHERE, "Spark Connect server, such as sc://host:15002.", metavar="URL")]
 SparkLog = Annotated[
     str, option(WHERE, "Spark's own log level: OFF, ERROR, WARN, INFO.", "--spark-log", metavar="LEVEL")
 ]
 Json = Annotated[bool, option(OUTPUT, "Write the result as one JSON object to stdout.", "--json")]
-ModelName = Annotated[
-    str,
-    option(
-        NET,
-        "A shipped net (lenet, alexnet, vgg16, squeezenet1_1, mobilenet_v2), the folder of a saved model, or "
-        "module:function naming a Python function that returns a Model.",
-        "--model",
-        "--net",
-        metavar="NAME",
-    ),
-]
+_MODEL = option(
+    NET,
+    "A shipped net (lenet, alexnet, vgg16, squeezenet1_1, mobilenet_v2), the folder of a saved model, or "
+    "module:function naming a Python function that returns a Model.",
+    "--model",
+    "--net",
+    metavar="NAME",
+)
+ModelName = Annotated[str, _MODEL]
+TrainedName = Annotated[str | None, _MODEL]
+"""Where `--resume` may say it instead."""
 Weights = Annotated[
     str | None, option(NET, "Published weights: a file, a URL or a catalogue name.", "--weights", metavar="FILE")
 ]

@@ -55,6 +55,7 @@ class Notes:
 
     events: list[tuple[str, int, dict[str, Any]]] = field(default_factory=list)
     states: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    abouts: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     stop_at: int | None = None
     """The step after which a stop is asked for."""
     step: int = 0
@@ -63,7 +64,11 @@ class Notes:
         self.step = max(self.step, step)
         self.events.append((kind, step, data))
 
-    def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+    def busy(self) -> bool:
+        return False
+
+    def on_checkpoint(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        self.abouts[step] = about
         self.states[step] = copy.deepcopy(dict(state))
 
     def stop_asked(self) -> bool:

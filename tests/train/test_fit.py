@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,10 +283,10 @@ def _killed_equals_unbroken(
         parts = place.list(f"events/{deaths}/0")
         events = [Event.from_line(line) for part in parts for line in place.read(part).splitlines()]
         resumed = [event.step for event in events if event.kind == "resumed"]
-        last = 0
-        for _ in range(deaths):
-            last = (last + at - 1) // steps * steps
-        assert resumed == ([last] if last else [])  # the end of the epoch before, where there is one
+        # Not from the beginning, once an epoch was done; which step it is, the speed of the disk has a say in.
+        reached = deaths * (at - 1)
+        assert len(resumed) == (reached >= steps)
+        assert all(0 < step <= reached for step in resumed)
     assert [epoch["rows"] for epoch in broken.history[-1]["epochs"]] == [480] * 3
     if strategy.deterministic:
         assert digest(broken) == digest(unbroken)
@@ -489,7 +490,159 @@ def test_a_run_directory_tells_the_whole_story(spark: Any, tmp_path: Path) -> No
     assert kinds[-1] == "finish"
     assert digest(kd.load(run / "model")) == digest(trained)
     with pytest.raises(ConfigError, match="already holds a run"):
-        fit(net(), frame(spark, blobs(100)), run=run)
+        fit(net(), frame(spark, blobs(100)), run=run, resume=False)
+    # It has ended: the same call gives its model, without a look at the rows.
+    again = fit(net(), frame(spark, blobs(100)).where("assert_true(false) is null"), run=run)
+    assert digest(again) == digest(trained)
+    assert again.history[-1]["epochs"] == trained.history[-1]["epochs"]
+    assert again.labels == trained.labels
+
+
+class FailAt:
+    """Cross entropy that fails in one call, while a file is there."""
+
+    def __init__(self, path: str, at: int) -> None:
+        self.path, self.at, self.calls = path, at, -1  # the first call is the rehearsal on the driver
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls in (self.at - 3, self.at) and os.path.exists(self.path):
+            time.sleep(0.7)  # what is being written reaches the disk, and the next checkpoint may be taken
+            if self.calls == self.at:
+                raise ValueError("no")
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+def test_a_run_that_was_broken_off_goes_on_where_it_was(spark: Any, tmp_path: Path) -> None:
+    """In a later call: in the middle of an epoch, to the same bits; with one worker less, to the same figures."""
+    trap = tmp_path / "trap"
+    df = frame(spark, blobs(320))  # 10 steps an epoch
+    options: dict[str, Any] = {"checkpoints": kd.Checkpoints(steps=3), "epochs": 3}
+
+    def loss() -> FailAt:
+        return FailAt(str(trap), 16)
+
+    whole = fit(net(), df, **options, loss=loss())
+    trap.write_text("")
+    runs = {workers: tmp_path / f"run-{workers}" for workers in (2, 1)}
+    with pytest.raises(TrainingError, match="refused a batch"):
+        fit(net(), df, **options, loss=loss(), run=runs[2])
+    shutil.copytree(runs[2], runs[1])
+    trap.unlink()
+    for workers, run in runs.items():
+        again = fit(net(), df, **options, loss=loss(), run=run, workers=workers)
+        (resumed,) = again.history[-1]["resumed"]
+        assert (resumed["workers_before"], resumed["workers"], resumed["differs"]) == (2, workers, "")
+        assert resumed["epoch"] == 2
+        assert 13 <= resumed["step"] == 10 + resumed["index"] <= 15
+        for name, value in whole.module.state_dict().items():
+            torch.testing.assert_close(again.module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        for before, after in zip(whole.history[-1]["epochs"], again.history[-1]["epochs"], strict=True):
+            assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+            assert after["rows"] == 320
+        if workers == 2:
+            assert digest(again) == digest(whole)
+            assert again.history[-1]["epochs"][1]["loss"] == whole.history[-1]["epochs"][1]["loss"]
+
+
+def test_a_run_that_is_asked_for_otherwise_is_refused_with_the_list(spark: Any, tmp_path: Path) -> None:
+    run, rows = tmp_path / "run", blobs(100)
+    df = frame(spark, rows)
+    fit(net(), df, run=run, validation=df)
+    torch.manual_seed(1)
+    other = kd.Model.of(nn.Linear(4, 3), shape=(4,), labels=["c0", "c1", "c2"])
+    with pytest.raises(ConfigError) as caught:
+        fit(other, df, run=run, validation=df, seed=3, optimizer=partial(SGD, lr=0.2), epochs=1)
+    for words in (
+        "run='",
+        "holds a run that was asked for otherwise",
+        "the model's architecture",
+        "the model's weights before training",
+        "settings.seed: was 0, is 3",
+        "optimizer: was 'SGD(lr=0.1",
+        "settings.epochs: was 2, is 1",
+        "resume='anyway'",
+    ):
+        assert words in str(caught.value)
+    # The rows are known only when they have been read: more epochs over one row less, or over another row.
+    fewer = frame(spark, rows[1:])
+    with pytest.raises(ConfigError, match="the training data: 100 rows before, 99 rows now"):
+        fit(net(), fewer, run=run, validation=df, epochs=3)
+    swapped = [(rows[0][0], rows[0][1], rows[1][2]), *rows[1:]]
+    with pytest.raises(ConfigError, match="the training data: 100 rows as before, with other content"):
+        fit(net(), frame(spark, swapped), run=run, validation=df, epochs=3)
+    anyway = fit(net(), fewer, run=run, validation=df, epochs=3, resume="anyway")
+    assert [record["rows"] for record in anyway.history[-1]["epochs"]] == [100, 100, 99]
+    assert "99 rows now" in anyway.history[-1]["resumed"][-1]["differs"]
+    with pytest.raises(ConfigError, match="holds no run to go on with"):
+        fit(net(), df, run=tmp_path / "elsewhere", resume=True)
+    with pytest.raises(ConfigError, match="is not a way to go on"):
+        fit(net(), df, run=run, resume="perhaps")
+
+
+DRIVER = """
+import sys
+import cloudpickle
+import torch
+import kindling as kd
+rows, module, options = cloudpickle.loads(open(sys.argv[1], "rb").read())
+spark = kd.spark("local[2]", conf={"spark.ui.enabled": "false", "spark.log.level": "OFF"})
+df = spark.createDataFrame(rows, "path string, label string, features array<float>").repartition(3)
+model = kd.Model.of(module, shape=(4,), labels=["c0", "c1", "c2"])
+trained = model.fit(df, progress=False, **options)
+torch.save(trained.module.state_dict(), sys.argv[2])
+spark.stop()
+"""
+
+
+@pytest.mark.slow
+def test_the_driver_is_killed_and_a_new_one_goes_on(spark: Any, tmp_path: Path) -> None:
+    """SIGKILL for the driver, its JVM and its workers in the middle of a step; another process ends the run."""
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    run, marker = tmp_path / "run", tmp_path / "at"
+    options: dict[str, Any] = {
+        "workers": 2,
+        "batch_size": 16,
+        "epochs": 3,
+        "optimizer": SGD,
+        "checkpoints": kd.Checkpoints(steps=4),
+        "strategy": kd.ParameterAveraging(every=3),
+    }
+
+    def drive(**more: Any) -> subprocess.Popen[bytes]:
+        spec = tmp_path / "spec.pickle"
+        spec.write_bytes(cloudpickle.dumps((blobs(480), net(dropout=0.2).module, {**options, **more, "run": str(run)})))
+        command = [sys.executable, "-c", DRIVER, str(spec), str(tmp_path / "weights.pt")]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    whole = fit(net(dropout=0.2), frame(spark, blobs(480)), **options)
+    driver = drive(loss=WaitForDeath(str(marker), 22, 1))
+    deadline = time.time() + 120
+    while not Path(f"{marker}-0").exists() and time.time() < deadline:
+        assert driver.poll() is None
+        time.sleep(0.1)
+    for pid in _family(driver.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    driver.wait()
+    # The loss that waited for its death is another one than that which ends the run.
+    assert drive(loss=nn.CrossEntropyLoss(), resume="anyway").wait(120) == 0
+    (resumed,) = json.loads((run / "result.json").read_text())["resumed"]
+    assert 0 < resumed["step"] < 22
+    again = torch.load(tmp_path / "weights.pt")
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, again[name]), name
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for folder in Path(f"/proc/{pid}/task").iterdir():
+        for child in (folder / "children").read_text().split():
+            found += _family(int(child))
+    return found
 
 
 def test_nothing_is_left_behind(spark: Any) -> None:

@@ -21,6 +21,7 @@ from kindling.prepare.augment import RowDraws, augmented
 from kindling.signature import Signature, TensorSpec
 from kindling.train.loop import Loop
 from kindling.train.order import mix
+from kindling.train.policy import Checkpoints
 from kindling.train.settings import EarlyStopping, LoopSettings
 from kindling.train.strategies import AllReduce, ParameterAveraging
 from kindling.train.strategies.parameter_groups import decay_groups, parameter_groups
@@ -277,7 +278,7 @@ def test_a_limit_of_steps_ends_in_the_middle_of_an_epoch(world: int, strategy: A
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_limit_of_time_ends_all_workers_at_one_step(world: int) -> None:
-    runs = train(clouds(60), world=world, epochs=100_000, max_seconds=0.3, checkpoint_every=1000)
+    runs = train(clouds(60), world=world, epochs=100_000, max_seconds=0.3, checkpoints=Checkpoints(epochs=None))
     ends = [(len(one.history), one.history[-1]["steps"], one.history[-1]["stopped"]) for one in runs]
     assert set(ends) == {ends[0]}
     assert ends[0][2] == "max_seconds"
@@ -287,7 +288,7 @@ def test_a_limit_of_time_ends_all_workers_at_one_step(world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_who_asks_for_an_end_gets_it(world: int) -> None:
-    runs = train(clouds(64), world=world, epochs=100_000, stop_at=1, checkpoint_every=1000)
+    runs = train(clouds(64), world=world, epochs=100_000, stop_at=1, checkpoints=Checkpoints(epochs=None))
     assert {one.history[-1]["stopped"] for one in runs} == {"asked"}
     assert len({(len(one.history), one.history[-1]["steps"]) for one in runs}) == 1
 
@@ -295,7 +296,9 @@ def test_who_asks_for_an_end_gets_it(world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_who_asks_in_an_epoch_is_heard_at_its_end(world: int) -> None:
     """Without that, quick steps go by until the next question, a second later."""
-    runs = train(clouds(40 * world), world=world, epochs=100_000, stop_at=69, checkpoint_every=1000)  # 5 steps an epoch
+    runs = train(
+        clouds(40 * world), world=world, epochs=100_000, stop_at=69, checkpoints=Checkpoints(epochs=None)
+    )  # 5 steps an epoch
     assert {one.history[-1]["stopped"] for one in runs} == {"asked"}
     assert {5 * (len(one.history) - 1) + one.history[-1]["steps"] for one in runs} <= {69, 70}
 

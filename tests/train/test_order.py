@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,25 +38,57 @@ def test_every_row_has_one_place_and_every_step_has_rows(rows: int, workers: int
         assert plan.rows_TW.sum(axis=1).tolist() == [batch] * (rows // batch) + ([rows % batch] if rows % batch else [])
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
-def test_global_batches_are_the_same_rows_for_every_worker_count(workers: int) -> None:
-    hashes = _hashes(1000)
+def _global_batches(hashes: np.ndarray, workers: int, batch: int, epoch: int = 3, seed: int = 1) -> list[list[int]]:
+    """The rows of every step over all workers, sorted, as each worker finds its own from the shard counts."""
     counts = np.bincount(shard_of(hashes), minlength=VIRTUAL_SHARDS)
+    found: list[list[int]] = []
+    for rank in range(workers):
+        mine = _owned(hashes, workers, rank)
+        mine = mine[static_order(mine, lambda row: b"")]
+        plan = plan_order(counts, workers, rank, batch)
+        ordered = mine[epoch_order(mine, plan.place_of_own, epoch, seed)]
+        stops = np.cumsum(plan.rows_TW[:, rank])
+        found = found or [[] for _ in stops]
+        for step, part in zip(found, np.split(ordered, stops[:-1]), strict=True):
+            step += part.tolist()
+    return [sorted(step) for step in found]
 
-    def batches(count: int) -> list[set[int]]:
-        found: list[set[int]] = []
-        for rank in range(count):
-            mine = _owned(hashes, count, rank)
-            mine = mine[static_order(mine, lambda row: b"")]
-            plan = plan_order(counts, count, rank, 96)
-            ordered = mine[epoch_order(mine, plan.place_of_own, epoch=3, seed=1)]
-            stops = np.cumsum(plan.rows_TW[:, rank])
-            found = found or [set() for _ in stops]
-            for batch, part in zip(found, np.split(ordered, stops[:-1]), strict=True):
-                batch.update(part.tolist())
-        return found
 
-    assert batches(workers) == batches(1)
+@pytest.mark.fuzz
+@settings(max_examples=40 * FUZZ, deadline=None)
+@given(
+    rows=st.integers(1, 900),
+    workers=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 40]),
+    batch=st.integers(1, 130),
+    seed=st.integers(0, 5),
+)
+def test_global_batches_are_the_same_rows_for_every_worker_count(
+    rows: int, workers: int, batch: int, seed: int
+) -> None:
+    """Also for counts that do not divide V: a shard has one owner, whoever that is."""
+    hashes = _hashes(rows, seed)
+    assert _global_batches(hashes, workers, batch) == _global_batches(hashes, 1, batch)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=30 * FUZZ, deadline=None)
+@given(
+    rows=st.integers(1, 500),
+    stops=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    workers=st.lists(st.integers(1, 9), min_size=4, max_size=4),
+)
+def test_workers_may_come_and_go_in_the_middle_of_an_epoch(rows: int, stops: list[float], workers: list[int]) -> None:
+    """Not a row lost or doubled: each stretch of steps is trained by another number of workers."""
+    hashes = _hashes(rows)
+    steps = -(-rows // 32)
+    edges = [0, *sorted(int(stop * steps) for stop in stops), steps]
+    seen = [
+        row
+        for (first, last), count in zip(pairwise(edges), workers, strict=False)
+        for step in _global_batches(hashes, count, 32)[first:last]
+        for row in step
+    ]
+    assert sorted(seen) == sorted(hashes.tolist())
 
 
 def test_order_of_arrival_changes_nothing() -> None:

@@ -57,8 +57,11 @@ def test_an_epoch_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = shown(monkeypatch, [*STEPS, event("met", attempt=1), event("resumed", step=16)])
+    page = shown(monkeypatch, [event("met"), *STEPS, event("met", attempt=1), event("resumed", step=16)])
     assert "attempt 2: a worker was lost, the workers start again" in page
+    page = shown(monkeypatch, [event("met", attempt=1), event("resumed", step=16)])
+    assert "lost" not in page  # a later call goes on with the run
+    assert "resumed after step 16" in page
     assert "resumed after step 16" in page
 
 

@@ -25,8 +25,7 @@ ASKED: dict[str, Any] = {
     "workers": 4,
     "threads": 1,
     "strategy": {"name": "AllReduce"},
-    "model": {"architecture": "a" * 64, "weights": "b" * 64},
-    "code": {"loss": "c" * 64},
+    "identity": {"architecture": "a" * 64, "weights": "b" * 64, "code": {"loss": "c" * 64}},
     "key": ["path"],
     "versions": {"python": "3.12.1", "torch": "2.13.0"},
 }
@@ -50,9 +49,9 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("settings.max_seconds", 30.0, "settings.max_seconds: was 60.0, is 30.0"),
         ("settings.max_steps", 10, "settings.max_steps: was None, is 10"),
         ("strategy.name", "DiLoCo", "strategy.name: was 'AllReduce', is 'DiLoCo'"),
-        ("model.weights", "d" * 64, "the model's weights before training: was bbbbbbbb..., is dddddddd..."),
-        ("model.architecture", "d" * 64, "the model's architecture: was aaaaaaaa..., is dddddddd..."),
-        ("code.loss", "d" * 64, "the code of the loss"),
+        ("identity.weights", "d" * 64, "the model's weights before training: was bbbbbbbb..., is dddddddd..."),
+        ("identity.architecture", "d" * 64, "the model's architecture: was aaaaaaaa..., is dddddddd..."),
+        ("identity.code.loss", "d" * 64, "the code of the loss"),
         ("key", ["id"], r"key: was \['path'\], is \['id'\]"),
     ],
 )
@@ -71,6 +70,7 @@ def test_what_changed_is_listed(path: str, value: Any, words: str) -> None:
         ("workers", 2),
         ("threads", 2),
         ("versions.torch", "2.14.0"),
+        ("settings.checkpoints", {"steps": 5}),
     ],
 )
 def test_what_may_change(path: str, value: Any) -> None:
@@ -84,7 +84,7 @@ def test_the_global_batch_is_what_counts() -> None:
 
 
 def test_code_is_compared_within_one_version_of_python() -> None:
-    newer = {**_with("code.loss", "d" * 64), "versions": {"python": "3.13.0"}}
+    newer = {**_with("identity.code.loss", "d" * 64), "versions": {"python": "3.13.0"}}
     assert changes(ASKED, newer) == []
 
 
@@ -94,11 +94,14 @@ def test_calls_are_kept_side_by_side(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         Run.open(tmp_path)
     for call in range(12):
-        write_call(place, {"settings": {"epochs": call}}, call)
+        write_call(place, {"version": run.VERSION, "settings": {"epochs": call}}, call)
     found = Run.open(tmp_path)
-    assert (found.calls, found.asked, found.result) == (12, {"settings": {"epochs": 11}}, None)
+    assert (found.calls, found.asked["settings"], found.result) == (12, {"epochs": 11}, None)
     place.write("result.json", b'{"epochs": []}')
     assert Run.open(tmp_path).result == {"epochs": []}
+    write_call(place, {"version": 1}, 12)
+    with pytest.raises(ConfigError, match="another version of kindling"):
+        Run.open(tmp_path)
 
 
 def _loss(weight: float) -> Any:

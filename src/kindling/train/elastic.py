@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kindling.train.strategies import Strategy
+from kindling.train.strategies import SoloComms, Strategy
 
 
 def regroup(states: Sequence[Mapping[str, Any]], strategy: Strategy, rank: int, world: int) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def regroup(states: Sequence[Mapping[str, Any]], strategy: Strategy, rank: int, 
         states: of all workers that wrote the checkpoint, by rank, as `Loop.state` gives them.
     """
     old = [dict(state["strategy"]) for state in states]
-    shares = _shares(old)
+    shares = [strategy.share(state, _Seat(seat, len(old))) for seat, state in enumerate(old)]
     merged = {
         key: blend([state[key] for state in states], shares) for key in states[0] if key not in ("strategy", "progress")
     }
@@ -38,11 +38,11 @@ def regroup(states: Sequence[Mapping[str, Any]], strategy: Strategy, rank: int, 
     return {**merged, "progress": progress, "strategy": strategy.regroup(old, rank, world)}
 
 
-def _shares(strategies: Sequence[Mapping[str, Any]]) -> list[float]:
-    """How much each worker's weights count: by its rows since they were last alike, where the strategy knows them."""
-    rows = [float(state.get("rows", 0)) for state in strategies]
-    total = sum(rows)
-    return [one / total for one in rows] if total else [1 / len(rows)] * len(rows)
+class _Seat(SoloComms):
+    """A worker that is gone: its rank, and how many there were."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.bytes_sent = rank, world, 0
 
 
 def blend(values: Sequence[Any], shares: Sequence[float]) -> Any:

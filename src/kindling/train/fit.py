@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import logging
+import re
 import secrets
 import shutil
 import tempfile
@@ -22,14 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kindling import ship
-from kindling.errors import ConfigError, DataError, KindlingError, SessionError, from_text
+from kindling.errors import ConfigError, DataError, KindlingError, ModelError, SessionError, from_text
 from kindling.prepare import ArrayStep, Preparation, Step
 from kindling.signature import Signature
 from kindling.train import packing, preflight, spool
+from kindling.train import run as runs
 from kindling.train.callbacks import Callback, Callbacks
 from kindling.train.events import Event
 from kindling.train.listener import Listener
 from kindling.train.progress import TrainingBar
+from kindling.train.run import RESUME
 from kindling.train.settings import ON_ERROR, LoopSettings, UserCode, WorkerSpec, silence_s
 from kindling.train.table import Table
 from kindling.train.targets import read_targets
@@ -69,6 +72,8 @@ def fit(
     workers: int | None,
     threads: int,
     run: str | Path | None,
+    resume: str | bool,
+    about: Mapping[str, Any] | None,
     target: str | Mapping[str, str] | None,
     weight_column: str | None,
     augment: Augment,
@@ -84,6 +89,9 @@ def fit(
 
     if on_error not in ON_ERROR:
         raise ConfigError("on_error", on_error, "is not a way to treat broken rows", f"Use one of {ON_ERROR}")
+    resume = {True: "always", False: "never"}.get(resume, resume) if isinstance(resume, bool) else resume
+    if resume not in RESUME:
+        raise ConfigError("resume", resume, "is not a way to go on", f"Use one of {RESUME}")
     spark = df.sparkSession
     began = time.time()
     targets = read_targets(model, df, target, loss, loss_weights, weight_column)
@@ -111,7 +119,24 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(TrainingBar(settings.epochs, shown=progress))
-        place, beacon = _run_directory(run, spark, stack)
+        place, beacon, earlier = _run_directory(run, resume, spark, stack)
+        run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
+        asked = _describe(model, settings, code, workers, threads, run_name, key_columns)
+        asked["augment"] = {name: [step.to_json() for step in steps] for name, steps in changes.items()}
+        asked["about"] = dict(about or {})
+        own_batch = settings.batch_size * settings.accumulate * workers
+        asked["global_batch"] = global_batch = runs.global_batch(own_batch, asked, earlier)
+        if run is not None:
+            asked["identity"] = _identity(model, code, preparation, targets.labels, on_error, frozen_precision)
+        changed: list[str] = []
+        steps = Preparation(model.preparation.inputs, targets.steps)
+        if earlier is not None:
+            changed = _compare(earlier, asked, str(run), resume)
+            done = _trained_before(model, earlier, steps, targets.labels, spark) if runs.ended(earlier, asked) else None
+            if done is not None:
+                return done
+            if frozen_precision == "auto" and earlier.asked["prefix_precision"]:
+                frozen_precision = earlier.asked["prefix_precision"]["name"]
         address = own_address(spark)
         listener: Listener | None = None
         heard = stack.enter_context(Callbacks(callbacks, lambda: listener.stop() if listener else None))
@@ -136,29 +161,33 @@ def fit(
                 (front, key_columns, df),
                 partial(_prefix, spark, model, split, df, frozen_precision, key_columns),
             )
-        run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
+        # The rows of a step stay when the workers change; so does what goes through a worker's net at a time.
+        parts = -(-global_batch // (workers * settings.batch_size))
         spec = WorkerSpec(
             run=f"{secrets.token_hex(4)}",
+            name=run_name,
             workers=workers,
             threads=threads,
-            loop=settings,
+            loop=replace(settings, accumulate=parts),
+            global_batch=global_batch,
+            resume=resume,
+            new_optimizer=runs.touches(changed, "optimizer"),
             module=ship.ship_module(spark, tail, channels_last=False),
             signature=tail_signature.to_json(),
             preparation=tail_preparation.to_json(),
             frozen=model.frozen,
             classes=targets.classes,
-            augment={name: [step.to_json() for step in steps] for name, steps in changes.items()},
+            augment=asked["augment"],
             code=ship.pickled(code, "optimizer, loss, schedule, metrics"),
-            run_directory=place.path if place else None,
+            run_directory=place.path,
             directory_asked=run is not None,
             beacon=beacon,
             listener=listener.address if listener else None,
             timeout_s=timeout_s,
             may_be_stopped=bool(callbacks) and listener is not None,
         )
-        described = _describe(model, spec, code, prefix, run_name, key_columns)
-        if place:
-            place.write("run.json", json.dumps(described, indent=1).encode())
+        asked["prefix_precision"] = prefix[1] if prefix else None
+        runs.write_call(place, asked, earlier.calls if earlier else 0)
         pack = spool.PackSpec(
             preparation=preparation.to_json(),
             prefix=prefix[0] if prefix else None,
@@ -185,8 +214,9 @@ def fit(
                 heard.on_event(event)
         module = _trained_module(tail, result.weights)
         record = {
-            **described,
+            **{name: value for name, value in asked.items() if name != "identity"},
             "attempts": result.attempt + 1,
+            "resumed": result.resumed,
             "rows": result.rows,
             "sha256": result.sha256,
             "epochs": result.history,
@@ -201,15 +231,12 @@ def fit(
         fitted = replace(
             model,
             module=surgery.join(split.prefix, module, split) if split else module,
-            preparation=Preparation(model.preparation.inputs, targets.steps),
+            preparation=steps,
             labels=targets.labels,
             history=(*model.history, record),
         )
-        if place and run is not None:
-            place.write("result.json", json.dumps(record, indent=1).encode())
-            from kindling import bundle
-
-            bundle.save(fitted, f"{place.path.rstrip('/')}/model", overwrite=True, spark=spark)
+        if run is not None:
+            _keep(fitted, place, record, spark)
     return fitted
 
 
@@ -271,35 +298,32 @@ def _sample(df: DataFrame, key_columns: Sequence[str]) -> DataFrame:
 
 def _describe(
     model: Model,
-    spec: WorkerSpec,
+    settings: LoopSettings,
     code: UserCode,
-    prefix: tuple[spool.PrefixSpec, dict[str, Any]] | None,
+    workers: int,
+    threads: int,
     name: str,
     key_columns: Sequence[str],
 ) -> dict[str, Any]:
     """The run as JSON: what was asked for, and with what."""
     import pyspark
-    import torch
-
-    import kindling
 
     return {
-        "version": 1,
+        "version": runs.VERSION,
         "run": name,
         "model": model.name,
         "started_unix_s": time.time(),
-        "settings": asdict(spec.loop),
-        "workers": spec.workers,
-        "threads": spec.threads,
+        "settings": asdict(settings),
+        "workers": workers,
+        "threads": threads,
         "strategy": {"name": type(code.strategy).__name__, **asdict(code.strategy)},
         "optimizer": _plain(code.optimizer),
         "loss": _described(code.loss),
-        "augment": spec.augment,
         "metrics": {name: _plain(metric) for name, metric in code.metrics.items()},
         "schedule": None if code.schedule is None else _plain(code.schedule),
         "key": list(key_columns),
-        "prefix_precision": prefix[1] if prefix else None,
-        "versions": {"kindling": kindling.__version__, "torch": torch.__version__, "pyspark": pyspark.__version__},
+        "prefix_precision": None,
+        "versions": {**runs.versions(), "pyspark": pyspark.__version__},
     }
 
 
@@ -310,11 +334,76 @@ def _described(objective: Objective) -> Any:
     return {term.output: {"loss": _plain(term.loss), "weight": term.weight} for term in objective.terms}
 
 
+def _identity(
+    model: Model,
+    code: UserCode,
+    preparation: Preparation,
+    labels: Sequence[str] | None,
+    on_error: str,
+    frozen_precision: str,
+) -> dict[str, Any]:
+    """The rest of what makes a run the same run, as JSON: nothing that people would want to read."""
+    return {
+        **runs.model_digests(model.module, len(model.signature.inputs)),
+        "frozen": sorted(model.frozen),
+        "preparation": preparation.to_json(),
+        "labels": None if labels is None else list(labels),
+        "on_error": on_error,
+        "frozen_precision": frozen_precision,
+        "code": {name: runs.code_digest(getattr(code, name)) for name in ("optimizer", "loss", "schedule", "metrics")},
+    }
+
+
+def _compare(earlier: runs.Run, asked: Mapping[str, Any], run: str, resume: str) -> list[str]:
+    """Refuse a call that asks for another run than the one it would go on with, unless told to go on anyway.
+
+    Returns: what changed.
+    """
+    changed = runs.changes(earlier.asked, json.loads(json.dumps(asked)))
+    if changed and resume != "anyway":
+        raise runs.refuse(run, changed)
+    if changed:
+        _LOG.warning("the run %s goes on although it was asked for otherwise: %s", run, runs.said(changed))
+    versions = {"versions": earlier.asked["versions"]}, {"versions": asked["versions"]}
+    if versions[0] != versions[1]:
+        _LOG.warning("the run %s was begun with other versions (%s): its last bits may differ", run, versions[0])
+    return changed
+
+
+def _trained_before(
+    model: Model, earlier: runs.Run, preparation: Preparation, labels: tuple[str, ...] | None, spark: SparkSession
+) -> Model | None:
+    """The result of a run that has come to its end; None where it was not kept, or cannot be read."""
+    from kindling import bundle
+
+    own = {type(part) for part in model.module.modules()}
+    classes = [kind for kind in own if not kind.__module__.startswith(("torch.", "kindling."))]
+    try:
+        found = bundle.load(f"{earlier.place.path.rstrip('/')}/model", classes=classes, spark=spark)
+    except KindlingError as error:
+        _LOG.warning("the model of the ended run cannot be read, so its last checkpoint is used: %s", error)
+        return None
+    history = (*model.history, dict(earlier.result or {}))
+    return replace(model, module=found.module, preparation=preparation, labels=labels, history=history)
+
+
+def _keep(fitted: Model, place: Place, record: Mapping[str, Any], spark: SparkSession) -> None:
+    """The trained model and the record into the run directory; the record last: with it the run has ended."""
+    from kindling import bundle
+
+    try:
+        bundle.save(fitted, f"{place.path.rstrip('/')}/model", overwrite=True, spark=spark)
+    except ModelError as error:
+        _LOG.warning("the trained model is not kept in the run directory: %s", error)
+    place.write("result.json", json.dumps(record, indent=1).encode())
+
+
 def _plain(thing: Any) -> str:
+    """A setting that is an object, in words that are the same in every process."""
     if isinstance(thing, partial):
-        inside = [*map(repr, thing.args), *(f"{k}={v!r}" for k, v in thing.keywords.items())]
+        inside = [*map(_plain, thing.args), *(f"{k}={_plain(v)}" for k, v in thing.keywords.items())]
         return f"{_plain(thing.func)}({', '.join(inside)})"
-    return getattr(thing, "__qualname__", None) or repr(thing)
+    return getattr(thing, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
 # --------------------------------------------------------------------------------------------------------- Spark
@@ -385,23 +474,29 @@ def own_address(spark: SparkSession) -> str | None:
 
 
 def _run_directory(
-    run: str | Path | None, spark: SparkSession, stack: contextlib.ExitStack
-) -> tuple[Place | None, str]:
-    """The run directory with its beacon; a temporary one, gone afterwards, where none was asked for."""
+    run: str | Path | None, resume: str, spark: SparkSession, stack: contextlib.ExitStack
+) -> tuple[Place, str, runs.Run | None]:
+    """The run directory with its beacon, and the run in it; a temporary one, gone afterwards, where none was named."""
     from kindling.storage import open_place
 
     beacon = secrets.token_hex(16)
+    earlier = None
     if run is None:
+        if resume == "always":
+            raise ConfigError("run", run, "names no run to go on with", "Name its directory: run=...")
         folder = tempfile.mkdtemp(prefix="kindling-run-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         place = open_place(folder)
     else:
         place = open_place(str(run), spark=spark)
-        if place.exists("run.json"):
+        earlier = runs.Run.find(place)
+        if earlier is not None and resume == "never":
             raise ConfigError("run", str(run), "already holds a run", "Name a new directory, or remove that one")
+        if earlier is None and resume == "always":
+            raise ConfigError("run", str(run), "holds no run to go on with", "Look at the name, or leave out resume")
         place.makedirs()
     place.write("beacon", beacon.encode())
-    return place, beacon
+    return place, beacon, earlier
 
 
 @dataclass
@@ -428,6 +523,7 @@ class _Result:
     rows: int
     sha256: str
     broken: dict[str, Any]
+    resumed: list[dict[str, Any]]
 
     def phases(self, began: float, launched: float) -> dict[str, float]:
         """Seconds by phase, by rank 0's events of the last attempt; times are unix seconds.
@@ -496,6 +592,7 @@ def _collect(
         events=events,
         attempt=first["attempt"],
         rows=first["rows"],
+        resumed=first["resumed"],
         sha256=first["sha256"],
         broken={
             "rows": sum(note["broken"] for note in notes),

@@ -31,10 +31,11 @@ from kindling.train.feed import Feed, Slice
 from kindling.train.figures import Figures, Metric
 from kindling.train.objective import LossFunction, Objective
 from kindling.train.order import OrderPlan, mix, plan_order
+from kindling.train.policy import Timetable
 from kindling.train.rates import Rates, ScheduleFactory
 from kindling.train.row_dropout import seed_by_row
 from kindling.train.running_average import RunningAverage
-from kindling.train.settings import LoopSettings
+from kindling.train.settings import EarlyStopping, LoopSettings
 from kindling.train.stopping import Consent, Watch, observe
 from kindling.train.strategies import Comms, Replica, State, Strategy
 
@@ -50,27 +51,39 @@ class Hooks(Protocol):
     def on_event(self, kind: str, *, step: int, epoch: int, keep: bool = True, **data: Any) -> None:
         """Something happened."""
 
-    def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
-        """A state from which the loop can go on, whole on this worker; every worker calls this at the same step."""
+    def busy(self) -> bool:
+        """Whether this worker's last checkpoint is still on its way to the disk."""
+
+    def on_checkpoint(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """A state from which the loop can go on, whole on this worker; every worker calls this at the same step.
+
+        `about` are JSON values: the epoch at work, and, where these very weights were measured, `metrics` and the
+        `score` by which the best are kept, less is better.
+        """
 
     def stop_asked(self) -> bool:
         """Whether somebody wants the training to end; one worker that knows is enough."""
 
 
-@dataclass
 class Clock:
-    """Seconds spent by kind of work."""
+    """What an epoch has cost: seconds, in all and by kind of work, and bytes. It goes on from what was spent before."""
 
-    data_s: float = 0.0
-    compute_s: float = 0.0
-    communicate_s: float = 0.0
-    _last: float = field(default_factory=time.perf_counter)
+    def __init__(self, comms: Comms, spent: Mapping[str, Any] | None = None) -> None:
+        self._spent = {"seconds": 0.0, "data_s": 0.0, "compute_s": 0.0, "communicate_s": 0.0, "bytes_sent": 0}
+        self._spent.update(spent or {})
+        self._comms, self._sent = comms, comms.bytes_sent
+        self._last = time.perf_counter()
 
     def lap(self, kind: str) -> None:
         """Book the time since the last lap under `kind`."""
         now = time.perf_counter()
-        setattr(self, f"{kind}_s", getattr(self, f"{kind}_s") + now - self._last)
+        self._spent[f"{kind}_s"] += now - self._last
+        self._spent["seconds"] += now - self._last
         self._last = now
+
+    def spent(self) -> dict[str, Any]:
+        """So far, up to the last lap."""
+        return {**self._spent, "bytes_sent": int(self._spent["bytes_sent"]) + self._comms.bytes_sent - self._sent}
 
 
 @dataclass
@@ -85,6 +98,8 @@ class Progress:
     """Of this worker's rows of the epoch so far, for each term of the objective: loss times mass, and mass."""
     validations: list[dict[str, Any]] = field(default_factory=list)
     """Of this epoch, each with its step."""
+    spent: dict[str, Any] = field(default_factory=dict)
+    """On this epoch before this attempt: see `Clock`."""
     seconds: float = 0.0
     """Trained before this attempt."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -133,6 +148,10 @@ class Loop:
     """Where the module is and the steps are computed."""
     may_be_asked: bool = False
     """Whether `Hooks.stop_asked` is worth asking; the same on every worker."""
+    new_optimizer: bool = False
+    """Of a checkpoint's optimizer take what it has learnt, and not its settings (rates, decay)."""
+    global_batch: int | None = None
+    """Rows of one step over all workers; None: what the settings say for one worker, for each."""
 
     def run(self, restored: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Train; returns one record per epoch. The module then holds the weights that are the result.
@@ -145,6 +164,7 @@ class Loop:
         self._average = None if settings.ema_decay is None else RunningAverage(settings.ema_decay)
         self._best: dict[str, Tensor] | None = None
         self._progress = Progress()
+        self._timetable = Timetable(settings.checkpoints)
         total = settings.epochs
         if settings.schedule_every == "step":
             total = min(total * self._plan.steps, settings.max_steps or total * self._plan.steps)
@@ -162,10 +182,15 @@ class Loop:
         until_s = None if settings.max_seconds is None else self._began + settings.max_seconds - progress.seconds
         asked = self.hooks.stop_asked if self.may_be_asked else None
         self._consent = Consent(self.comms, until_s=until_s, asked=asked)
+        if restored is not None and progress.stopped != "early_stopping":
+            # A limit may have been raised since.
+            progress.stopped = self._reason_to_stop()
+            if not progress.stopped and progress.history:
+                progress.history[-1].pop("stopped", None)
         try:
             self._state = self.strategy.begin(self.replica, self._state, self.comms)
             self.hooks.on_event("ready", step=self._step, epoch=progress.epoch - 1)
-            while progress.epoch <= settings.epochs and not progress.stopped:
+            while progress.epoch <= settings.epochs and (progress.index or not progress.stopped):
                 self._epoch()
         finally:
             self.strategy.close(self.replica)
@@ -178,8 +203,8 @@ class Loop:
 
     @cached_property
     def _plan(self) -> OrderPlan:
-        global_batch = self.settings.batch_size * self.settings.accumulate * self.comms.world
-        return plan_order(self.counts_V, self.comms.world, self.comms.rank, global_batch)
+        rows = self.global_batch or self.settings.batch_size * self.settings.accumulate * self.comms.world
+        return plan_order(self.counts_V, self.comms.world, self.comms.rank, rows)
 
     @property
     def _step(self) -> int:
@@ -196,6 +221,7 @@ class Loop:
         self._state = self.strategy.settle(self.replica, self._state, self.comms)
         progress = self._progress.to_state()
         progress["seconds"] += time.monotonic() - self._began
+        progress["spent"] = self._clock.spent() if self._progress.index else {}
         return {
             "module": dict(self.replica.module.state_dict()),
             "optimizer": self.replica.optimizer.state_dict(),
@@ -206,9 +232,33 @@ class Loop:
             "progress": progress,
         }
 
+    def _checkpoint(self, step: int, figures: Mapping[str, Any] | None = None, *, last: bool = False) -> None:
+        """Hand out a state; put off, unless it is the last, while somebody's former one is still being written.
+
+        Args: figures: what these very weights were measured to give.
+        """
+        if not last and any(int(seen[0]) for seen in self.comms.gather(np.array([self.hooks.busy()], np.int64))):
+            return
+        about: dict[str, Any] = {"epoch": self._progress.epoch}
+        if figures is not None:
+            about |= {"metrics": dict(figures), "score": self._score(figures)}
+        self.hooks.on_checkpoint(step, self.state(), about)
+        self._timetable.written()
+
+    def _score(self, figures: Mapping[str, Any]) -> float | None:
+        """How good weights are, less is better: by the figure that early stopping watches, else by their loss."""
+        early = self.settings.early_stopping or EarlyStopping()
+        figure = figures.get(early.metric)
+        return None if figure is None else float(figure) if early.smaller_is_better else -float(figure)
+
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.replica.module.load_state_dict(state["module"])
-        self.replica.optimizer.load_state_dict(state["optimizer"])
+        optimizer = self.replica.optimizer
+        own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        if self.new_optimizer:
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)
         self._rates.restore(state["schedule"])
         self._state = devices.moved(dict(state["strategy"]), self.device)
         if self._average is not None:
@@ -231,7 +281,7 @@ class Loop:
         """Train to the end of the epoch at work, or until a reason to stop comes up."""
         comms, settings, progress, plan = self.comms, self.settings, self._progress, self._plan
         surgery.set_training(self.replica.module, self.frozen)
-        began, sent, clock = time.perf_counter(), comms.bytes_sent, Clock()
+        self._clock = clock = Clock(comms, progress.spent)
         slices = self.feed.epoch(plan, comms.rank, progress.epoch, settings.seed, progress.index, self._length)
         told = -math.inf
         while progress.index < plan.steps and not progress.stopped:
@@ -248,27 +298,28 @@ class Loop:
                 )
             if not last:
                 self._between_steps()
-            progress.stopped = progress.stopped or self._reason_to_stop()
+            limit = self._reason_to_stop()
+            if limit and not last and not progress.stopped:
+                # Before the epoch is closed: should the run be given more time, the rest of it is still to come.
+                self._checkpoint(self._step, last=True)
+            progress.stopped = progress.stopped or limit
         self._state = self.strategy.on_epoch(self.replica, self._state, comms)
         self._average_alike()
-        clock.lap("communicate")
-        self._close_epoch(clock, time.perf_counter() - began, comms.bytes_sent - sent)
+        self._close_epoch()
 
-    def _close_epoch(self, clock: Clock, seconds: float, bytes_sent: int) -> None:
+    def _close_epoch(self) -> None:
         settings, progress = self.settings, self._progress
-        rows = self._rows_done()
+        loss = self._epoch_loss()
+        self._clock.lap("communicate")
+        rows, spent = self._rows_done(), self._clock.spent()
         record: dict[str, Any] = {
             "epoch": progress.epoch,
-            "loss": self._epoch_loss(),
+            "loss": loss,
             "rows": rows,
             "steps": progress.index,
             "lr": self._rates.now(),
-            "seconds": seconds,
-            "rows_per_s": rows / seconds,
-            "data_s": clock.data_s,
-            "compute_s": clock.compute_s,
-            "communicate_s": clock.communicate_s,
-            "bytes_sent": bytes_sent,
+            "rows_per_s": rows / spent["seconds"],
+            **spent,
         }
         if figures := self.strategy.figures(self._state):
             record["strategy"] = figures
@@ -288,14 +339,16 @@ class Loop:
             record["stopped"] = progress.stopped
         self._rates.after("epoch")
         progress.history.append(record)
-        step = self._step
+        step, whole = self._step, progress.index == self._plan.steps
         self.hooks.on_event("epoch", **{**record, "step": step})
         if progress.stopped:
             self.hooks.on_event("stopped", step=step, epoch=progress.epoch, reason=progress.stopped)
-        progress.epoch, progress.index, progress.sums, progress.validations = progress.epoch + 1, 0, [], []
+        progress.epoch, progress.index, progress.sums = progress.epoch + 1, 0, []
+        progress.validations, progress.spent = [], {}
         over = progress.epoch > settings.epochs or bool(progress.stopped)
-        if over or (progress.epoch - 1) % settings.checkpoint_every == 0:
-            self.hooks.on_checkpoint(step, self.state())
+        due = self._timetable.due(step, self.comms, epoch_end=progress.epoch - 1)
+        if (over or due) and (whole or progress.stopped == "early_stopping"):
+            self._checkpoint(step, record.get("validation"), last=over)
 
     def _epoch_loss(self) -> float:
         """The mean loss over all workers' rows of the epoch, as the steps found it."""
@@ -307,9 +360,12 @@ class Loop:
     def _between_steps(self) -> None:
         """What may be due after a step that is not the last of its epoch."""
         every = self.settings.validate_every_steps
+        figures = None
         if self.validation is not None and every and self._step % every == 0:
-            self._validate(alike=False)
+            figures = self._validate(alike=False)
             surgery.set_training(self.replica.module, self.frozen)
+        if self._timetable.due(self._step, self.comms, epoch_end=None):
+            self._checkpoint(self._step, figures)
 
     def _reason_to_stop(self) -> str:
         limit = self.settings.max_steps

@@ -32,6 +32,7 @@ class TrainingBar:
         self._shown = shown
         self._began = time.monotonic()
         self._rows_before = 0
+        self._first_attempt: int | None = None
 
     def __enter__(self) -> TrainingBar:
         self._bar.start()
@@ -49,7 +50,9 @@ class TrainingBar:
             self._bar.update(self._task, description="meeting")
         elif event.kind == "met" and event.rank == 0:
             self._began = time.monotonic()
-            if event.attempt:
+            if self._first_attempt is None:
+                self._first_attempt = event.attempt
+            if event.attempt > self._first_attempt:
                 self._say(f"attempt {event.attempt + 1}: a worker was lost, the workers start again")
         elif event.kind == "resumed" and event.rank == 0:
             self._say(f"resumed after step {event.step:,}")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import platform
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kindling.errors import ConfigError, KindlingError
+from kindling.errors import ConfigError
 from kindling.storage import Place, open_place
 
 if TYPE_CHECKING:
@@ -24,9 +25,21 @@ if TYPE_CHECKING:
 
     from pyspark.sql import SparkSession
 
+VERSION = 2
+"""Of what `run.json` holds."""
 RESUME = ("auto", "always", "never", "anyway")
-_FREE = frozenset({"workers", "threads", "started_unix_s", "run", "version", "versions", "global_batch", "rows"})
-"""What may differ between two calls of one run, beside its length."""
+_FREE = (
+    "workers",
+    "threads",
+    "started_unix_s",
+    "run",
+    "version",
+    "versions",
+    "global_batch",
+    "prefix_precision",
+    "about",
+)
+"""What may differ between two calls of one run, beside its length and its checkpoints."""
 _SHOWN = 12
 
 
@@ -65,14 +78,45 @@ class Run:
             return None
         later = sorted(place.list("calls"), key=lambda name: int(name.rpartition("/")[2].removesuffix(".json")))
         asked = json.loads(place.read(later[-1] if later else "run.json"))
+        if asked.get("version") != VERSION:
+            raise ConfigError("run", place.path, "holds a run of another version of kindling", "Name a new directory")
         result = json.loads(place.read("result.json")) if place.exists("result.json") else None
         return cls(place, asked, 1 + len(later), result)
+
+
+def ended(run: Run, asked: Mapping[str, Any]) -> bool:
+    """Whether a run has come to the end that a call asks for."""
+    if run.result is None:
+        return False
+    length = ("epochs", "max_steps", "max_seconds")
+    return all(run.result["settings"].get(name) == asked["settings"].get(name) for name in length)
+
+
+def global_batch(own: int, asked: Mapping[str, Any], earlier: Run | None) -> int:
+    """Rows of a step over all workers: of the run that is gone on with, where its batch size is asked for again.
+
+    Args: own: what the call asks for with its own number of workers.
+    """
+    if earlier is None or any(
+        earlier.asked["settings"][name] != asked["settings"][name] for name in ("batch_size", "accumulate")
+    ):
+        return own
+    return int(earlier.asked["global_batch"])
 
 
 def write_call(place: Place, asked: Mapping[str, Any], calls: int) -> None:
     """Keep what a call asks for, beside those of earlier calls: nothing that was written is changed."""
     name = "run.json" if calls == 0 else f"calls/{calls}.json"
     place.write(name, json.dumps(asked, indent=1).encode())
+
+
+def versions() -> dict[str, str]:
+    """What computes here."""
+    import torch
+
+    import kindling
+
+    return {"kindling": kindling.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 # ----------------------------------------------------------------------------------------------------- comparing
@@ -91,22 +135,27 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = dict(_leaves(before)), dict(_leaves(now))
     for path in sorted(old.keys() | new.keys()):
         was, is_now = old.get(path), new.get(path)
-        if was == is_now or path.partition(".")[0] in _FREE or _is_longer(path, was, is_now):
+        if was == is_now or path.partition(".")[0] in _FREE or path.startswith("settings.checkpoints."):
             continue
-        if path == "settings.batch_size" and _global(before) == _global(now):
+        if _is_longer(path, was, is_now):
             continue
-        if path.startswith("code.") and _python(before) != _python(now):
+        if path in ("settings.batch_size", "settings.accumulate") and _global(before) == _global(now):
+            continue
+        if path.startswith("identity.code.") and _python(before) != _python(now):
             continue  # the bytes of a function's code belong to one version of Python
         found.append(f"{_NAMES.get(path, path)}: was {_short(was)}, is {_short(is_now)}")
     return found
 
 
 _NAMES = {
-    "model.weights": "the model's weights before training",
-    "model.architecture": "the model's architecture",
-    "code.optimizer": "the code of the optimizer",
-    "code.loss": "the code of the loss",
-    "code.schedule": "the code of the schedule",
+    "identity.weights": "the model's weights before training",
+    "identity.architecture": "the model's architecture",
+    "identity.preparation": "the preparation",
+    "identity.labels": "the labels",
+    "identity.frozen": "the frozen layers",
+    "identity.code.optimizer": "the code of the optimizer",
+    "identity.code.loss": "the code of the loss",
+    "identity.code.schedule": "the code of the schedule",
 }
 
 
@@ -148,6 +197,15 @@ def said(found: list[str]) -> str:
     return "; ".join(found[:_SHOWN]) + more
 
 
+def touches(found: list[str], what: str) -> bool:
+    """Whether the changes are of the loss, the optimizer or the schedule, or of its code.
+
+    >>> touches(["optimizer: was 'SGD(lr=0.1)', is 'SGD(lr=0.2)'"], "optimizer")
+    True
+    """
+    return any(line.startswith((f"{what}:", f"the code of the {what}:")) for line in found)
+
+
 def refuse(run: str, found: list[str]) -> ConfigError:
     """The error for a call that does not go on with a run."""
     return ConfigError(
@@ -170,7 +228,7 @@ def model_digests(module: Any, inputs: int) -> dict[str, str]:
     try:
         shown: Any = graph.to_json(module, inputs=inputs)
         shown = {key: value for key, value in shown.items() if key not in ("notes", "fixed")}
-    except (KindlingError, TypeError):  # a module of the user's own code: its layers and their settings
+    except Exception:  # a module of the user's own code, which may fail in any way: its layers and their settings
         shown = [[name, _qualified(type(part)), part.extra_repr()] for name, part in module.named_modules()]
     weights = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

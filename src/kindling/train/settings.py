@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kindling.errors import ConfigError
 from kindling.train.line import Address
+from kindling.train.policy import Checkpoints
 
 if TYPE_CHECKING:
     from kindling.ship import ModuleSpec
@@ -17,6 +18,7 @@ ON_ERROR = ("fail", "drop")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULE_EVERY = ("epoch", "step")
 _SILENCE_S = 60.0
+_AFTER_EACH_EPOCH = Checkpoints()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,13 +100,11 @@ class LoopSettings:
     validate_every_steps: int | None = None
     """Steps between two further validations."""
     early_stopping: EarlyStopping | None = None
-    checkpoint_every: int = 1
-    """Epochs between two checkpoints."""
-    checkpoints_kept: int = 2
-    """The newest so many checkpoints stay on disk."""
+    checkpoints: Checkpoints = _AFTER_EACH_EPOCH
+    """When checkpoints are written, and which of them stay."""
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size", "accumulate", "validate_every", "checkpoint_every", "checkpoints_kept"):
+        for field in ("epochs", "batch_size", "accumulate", "validate_every"):
             _count(field, getattr(self, field))
         for field in ("max_steps", "validate_every_steps"):
             if getattr(self, field) is not None:
@@ -158,9 +158,18 @@ class WorkerSpec:
     """
 
     run: str
+    """Of this call alone: spool folders and events carry it."""
+    name: str
+    """The run's name, for people."""
     workers: int
     threads: int
     loop: LoopSettings
+    global_batch: int
+    """Rows of one step over all workers; it stays when a run goes on with another number of them."""
+    resume: str
+    """`"anyway"`: checkpoints are used although the data are not what they were."""
+    new_optimizer: bool
+    """The optimizer's settings are not those of the checkpoints, and count instead of them."""
     module: ModuleSpec
     signature: Mapping[str, Any]
     preparation: Mapping[str, Any]

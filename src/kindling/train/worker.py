@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kindling.errors import DataError, FormatError, KindlingError, StorageError, TrainingError, from_text, to_wire
+from kindling.errors import DataError, KindlingError, StorageError, TrainingError, from_text, to_wire
 from kindling.train import devices
 from kindling.train.meeting import BarrierMeeting, ClosedError, LostError, Meeting, TableMeeting
 from kindling.train.settings import WorkerSpec, silence_s
@@ -32,9 +32,10 @@ from kindling.train.table import TRAINING
 
 if TYPE_CHECKING:
     from kindling.storage import Place
-    from kindling.train.checkpoint import Checkpoint
     from kindling.train.events import EventLog
+    from kindling.train.restore import Start
     from kindling.train.settings import UserCode
+    from kindling.train.strategies import Replica
     from kindling.train.writer import Writer
 
 REPORT_SCHEMA = "rank int, kind string, part int, data binary"
@@ -283,7 +284,7 @@ class _Worker:
 
     def _loop(
         self, feed: Any, validation: Any, plan: _Plan, comms: Any, store: Any, place: Place | None, meeting: Meeting
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         import cloudpickle
 
         from kindling import ship, surgery
@@ -291,7 +292,8 @@ class _Worker:
         from kindling.prepare.augment import augmentation_from_json
         from kindling.signature import Signature
         from kindling.train.loop import Loop
-        from kindling.train.policy import Checkpoints
+        from kindling.train.run import versions
+        from kindling.train.spool import data_fingerprint
         from kindling.train.strategies import Replica
         from kindling.train.writer import LocalBoard, StoreBoard, Writer
 
@@ -308,12 +310,20 @@ class _Worker:
             replica = Replica.of(module, code.optimizer)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"the optimizer could not be made: {error}.") from error
+        start = self._start(place, plan, comms, replica, code.strategy)
+        about = {
+            "run": spec.name,
+            "global_batch": spec.global_batch,
+            "data": data_fingerprint(plan.notes),
+            "resumed": start.resumed,
+            "versions": versions(),
+        }
         writer = None
         if place is not None:
             writer = Writer(
                 place,
                 LocalBoard() if store is None else StoreBoard(store),
-                Checkpoints(epochs=spec.loop.checkpoint_every, keep=spec.loop.checkpoints_kept),
+                spec.loop.checkpoints,
                 rank=self.rank,
                 world=comms.world,
                 attempt=plan.attempt,
@@ -333,55 +343,56 @@ class _Worker:
             feed=feed,
             counts_V=plan.counts_V,
             frozen=spec.frozen,
-            hooks=_Hooks(self.log, writer, comms, spec, meeting),
+            hooks=_Hooks(self.log, writer, about, meeting),
             may_be_asked=spec.may_be_stopped,
             validation=validation if plan.validation_rows else None,
             classes=spec.classes,
             device=plan.device,
+            new_optimizer=spec.new_optimizer,
+            global_batch=spec.global_batch,
         )
-        restored = None
-        if place is not None and plan.attempt > 0:
-            restored = self._agree_on_checkpoint(place, comms)
         try:
-            history = loop.run(restored.states[self.rank] if restored else None)
+            history = loop.run(start.state)
             if writer is not None:
                 writer.wait()
         finally:
             if writer is not None:
                 writer.stop()
-        return module, history
+        return module, history, start.resumed
 
-    def _agree_on_checkpoint(self, place: Place, comms: Any) -> Checkpoint | None:
-        """The newest checkpoint that every worker can read whole."""
-        from kindling.train import checkpoint
+    def _start(self, place: Place | None, plan: _Plan, comms: Any, replica: Replica, strategy: Any) -> Start:
+        """From where to go on: the newest checkpoint, if this is not the beginning of the run."""
+        from kindling.train.restore import RNG, Circumstances, Start, restore, set_generators
+        from kindling.train.spool import data_fingerprint
 
-        unread = set()
-        while True:
-            steps = [step for step in checkpoint.steps_on_disk(place) if step not in unread]
-            mine = None
-            for step in steps:
-                try:
-                    mine = checkpoint.read(place, step, [self.rank])
-                    break
-                except FormatError as error:
-                    self.log.emit("warning", text=f"{error} The one before it is used.")
-                    unread.add(step)
-            newest = [int(v[0]) for v in comms.gather(np.array([mine.step if mine else -1], np.int64))]
-            if len(set(newest)) == 1:
-                if mine is not None:
-                    self.log.emit("resumed", step=mine.step)
-                return mine
-            unread |= {step for step in steps if step > min(newest)}
+        if place is None or plan.attempt == 0:
+            return Start(None, [])
+        fits = Circumstances(
+            run=self.spec.name,
+            strategy=strategy,
+            statistics=bool(replica.statistics()),
+            global_batch=self.spec.global_batch,
+            data=data_fingerprint(plan.notes),
+            anyway=self.spec.resume == "anyway",
+        )
+        start = restore(place, comms, fits, lambda text: self.log.emit("warning", text=text))
+        if start.state is not None:
+            set_generators(start.state[RNG])
+            self.log.emit("resumed", **start.resumed[-1])
+        return start
 
-    def _report(self, trained: tuple[Any, Any], plan: _Plan, place: Place | None) -> Iterator[tuple[str, int, bytes]]:
+    def _report(
+        self, trained: tuple[Any, Any, Any], plan: _Plan, place: Place | None
+    ) -> Iterator[tuple[str, int, bytes]]:
         from safetensors.torch import save
 
-        module, history = trained
+        module, history, resumed = trained
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
         blob = save(state)
         report = {
             "attempt": plan.attempt,
             "history": history,
+            "resumed": resumed,
             "rows": int(plan.counts_V.sum()),
             "sha256": hashlib.sha256(blob).hexdigest(),
             "notes": plan.notes,
@@ -399,8 +410,8 @@ class _Worker:
 class _Hooks:
     """The loop's hooks on a worker: events and checkpoints."""
 
-    def __init__(self, log: EventLog, writer: Writer | None, comms: Any, spec: WorkerSpec, meeting: Meeting) -> None:
-        self._log, self._writer, self._comms, self._spec, self._meeting = log, writer, comms, spec, meeting
+    def __init__(self, log: EventLog, writer: Writer | None, about: Mapping[str, Any], meeting: Meeting) -> None:
+        self._log, self._writer, self._about, self._meeting = log, writer, about, meeting
 
     def on_event(self, kind: str, *, step: int, epoch: int, keep: bool = True, **data: Any) -> None:
         self._log.emit(kind, step=step, epoch=epoch, keep=keep, **data)
@@ -408,9 +419,15 @@ class _Hooks:
     def stop_asked(self) -> bool:
         return self._meeting.stop_asked
 
-    def on_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+    def busy(self) -> bool:
+        return self._writer is not None and self._writer.busy
+
+    def on_checkpoint(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        from kindling.train.restore import RNG, generators
+
         if self._writer is not None:
-            self._writer.take(step, state, {"run": self._spec.run})
+            told = {**self._about, **about, "unix_s": time.time()}
+            self._writer.take(step, {**state, RNG: generators()}, told)
 
 
 def _tell(log: EventLog, place: Place, kind: str, *, step: int, epoch: int = 0, **data: Any) -> None:

@@ -46,7 +46,7 @@ def test_rows_are_seen_exactly_once_an_epoch_and_all_agree_at_its_end(case: Case
 @pytest.mark.parametrize("case", REPEATABLE.values(), ids=REPEATABLE.keys())
 def test_continued_after_an_epoch_it_is_the_unbroken_run(case: Case) -> None:
     columns = clouds(ROWS)
-    options = {"world": 2, "strategy": case.make(), "epochs": 3, "checkpoint_every": 1}
+    options = {"world": 2, "strategy": case.make(), "epochs": 3}
     unbroken = train(columns, **options)
     step = min(unbroken[0].notes.states)
     continued = train(columns, restored=[one.notes.states[step] for one in unbroken], **options)

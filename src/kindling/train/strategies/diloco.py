@@ -93,6 +93,9 @@ class DiLoCo(Strategy):
     def close(self, replica: Replica) -> None:
         replica.aside.pop("sums", None)
 
+    def share(self, state: State, comms: Comms) -> float:
+        return state["epoch_rows"] / state["epoch_all"] if state["epoch_all"] else 1 / comms.world
+
     def on_step(self, replica: Replica, state: State, rows_W: np.ndarray, comms: Comms) -> State:
         rows, all_rows = int(rows_W[comms.rank]), int(rows_W.sum())
         state = {
