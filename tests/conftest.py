@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The session under test: `KINDLING_TEST_REMOTE` (Spark Connect), else `KINDLING_TEST_MASTER`, else local[2]."""
+    """The session under test: `KINDLING_TEST_REMOTE` (Spark Connect), else `KINDLING_TEST_MASTER`, else local[2].
+
+    `KINDLING_TEST_CONF` holds further settings of Spark, as JSON.
+    """
     remote = os.environ.get("KINDLING_TEST_REMOTE")
     master = None if remote else os.environ.get("KINDLING_TEST_MASTER", "local[2]")
     scratch = tmp_path_factory.mktemp("spark")
@@ -42,6 +46,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 "spark.local.dir": str(scratch / "local"),
                 "spark.driver.memory": "2g",
                 "spark.log.level": "ERROR",
+                **json.loads(os.environ.get("KINDLING_TEST_CONF", "{}")),
             },
         )
     finally:

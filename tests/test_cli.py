@@ -19,7 +19,7 @@ import kindling as kd
 from kindling import cli, console, options
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("featurize", "fit", "evaluate", "predict", "summary", "transfer", "demo")
+COMMANDS = ("featurize", "fit", "preflight", "evaluate", "predict", "summary", "transfer", "demo")
 
 NETS = """
 import time
@@ -398,6 +398,17 @@ def test_fit_a_shipped_net_from_scratch(spark: Any, photos: Path, tmp_path: Path
     frozen, before = kd.load(tmp_path / "b").module.state_dict(), model.module.state_dict()
     assert (frozen["conv1.weight"] == before["conv1.weight"]).all()
     assert (frozen["fc1.weight"] != before["fc1.weight"]).any()
+
+
+@pytest.mark.spark
+def test_preflight_lists_what_it_looked_at(spark: Any, photos: Path, tmp_path: Path) -> None:
+    words = ("preflight", photos, "--model", "lenet", "--workers", "2", "--run", tmp_path / "run")
+    data = answer(*words)
+    assert data["passed"]
+    assert {"slots", "executors", "a real batch", "memory"} <= {check["name"] for check in data["checks"]}
+    shown = run("preflight", photos, "--model", "lenet", "--workers", "99", code=1).stdout
+    assert "FAIL  slots" in shown
+    assert "needs 99 task slots" in shown
 
 
 @pytest.mark.spark

@@ -122,7 +122,7 @@ def advise(
 
     from kindling import surgery
     from kindling.prepare import ArrayStep, Preparation
-    from kindling.train import preflight
+    from kindling.train import preflight, slots
     from kindling.train.targets import read_targets
 
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("threads", threads)):
@@ -144,7 +144,7 @@ def advise(
     count = df.count() if rows is None else rows
     if count < 1:
         raise DataError("there is not one row to train on.")
-    there = preflight.slots(spark, wanted=workers or 1)
+    there = slots.slots(spark, wanted=workers or 1)
     workers = workers or there or 2
     local = (spark.conf.get("spark.master", "") or "").startswith("local")
 

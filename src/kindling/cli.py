@@ -1,4 +1,4 @@
-"""The command line: `kindling featurize | fit | evaluate | predict | summary | convert | transfer | demo`.
+"""The command line: `kindling featurize | fit | preflight | evaluate | predict | summary | convert | transfer | demo`.
 
 A thin skin: each command calls the verbs of the library by their public names and shows what they return. The options
 are in `options.py`, how results, errors and exit codes come out in `console.py`, the whole job of `transfer` in
@@ -19,7 +19,7 @@ import typer
 
 import kindling as kd
 from kindling import options as o
-from kindling.console import INTERRUPTED, OK, Clock, command, plain, say
+from kindling.console import FAILED, INTERRUPTED, OK, Clock, command, plain, say
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -227,6 +227,10 @@ def fit(
     max_steps: o.MaxSteps = None,
     max_minutes: o.MaxMinutes = None,
     workers: o.Workers = None,
+    timeout: Annotated[
+        float,
+        o.option(o.TRAINING, "Seconds without progress after which a worker is given up and all start again.", min=2),
+    ] = 600.0,
     seed: o.Seed = 0,
     run: Annotated[
         str | None,
@@ -289,6 +293,7 @@ def fit(
                 strategy=agree,
                 validation=o.rows_of(spark, validation) if validation else None,
                 workers=workers,
+                timeout_s=timeout,
                 seed=seed,
                 run=run,
                 about={"command": {name: value for name, value in context.params.items() if name not in _OF_A_CALL}},
@@ -300,6 +305,47 @@ def fit(
         output.result(
             {"model": out, "history": net.history[-1], "seconds": clock.to_json()}, f"{clock}\nmodel in {out}"
         )
+
+
+@app.command(epilog="**Example**: `kindling preflight digits/ --model lenet --workers 4 --run hdfs:///runs/digits`")
+def preflight(
+    data: o.Data,
+    model: o.ModelName,
+    weights: o.Weights = None,
+    validation: Annotated[
+        list[str] | None,
+        o.option(o.TRAINING, "Rows to validate on after each epoch. May be repeated.", metavar="DATA"),
+    ] = None,
+    freeze: o.Freeze = None,
+    target: Annotated[str, o.option(o.TRAINING, "The column to learn.", metavar="COLUMN")] = "label",
+    batch_size: o.BatchSize = 32,
+    workers: o.Workers = None,
+    run: Annotated[str | None, o.option(o.TRAINING, "The run directory to be.", metavar="FOLDER")] = None,
+    classes: o.Classes = None,
+    master: o.Master = None,
+    remote: o.Remote = None,
+    spark_log: o.SparkLog = "OFF",
+    as_json: o.Json = False,
+) -> None:
+    """Look, in seconds, whether a training can work: data, net, slots, executors, memory. Trains nothing."""
+    with command(as_json=as_json) as output:
+        spark = _spark(master, remote, spark_log)
+        rows = o.rows_of(spark, data)
+        labels = kd.labels(rows, target) if target in rows.columns else None
+        net = o.open_model(model, weights, labels=labels, classes=classes, spark=spark)
+        net = _labelled(net, labels, 0)
+        net = net.freeze(until=freeze) if freeze else net
+        checks = net.preflight(
+            rows,
+            batch_size=batch_size,
+            validation=o.rows_of(spark, validation) if validation else None,
+            workers=workers,
+            run=run,
+            target=target,
+        )
+        output.result(checks.to_json(), str(checks))
+        if not checks:
+            raise SystemExit(FAILED)
 
 
 @app.command(

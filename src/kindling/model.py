@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kindling.predict.engine import Precision
     from kindling.surgery import Summary
     from kindling.train.callbacks import Callback
+    from kindling.train.checklist import Checklist
     from kindling.train.figures import Metric
     from kindling.train.policy import Checkpoints
     from kindling.train.settings import EarlyStopping
@@ -428,6 +429,52 @@ class Model:
             timeout_s=timeout_s,
             callbacks=callbacks,
             progress=progress,
+        )
+
+    def preflight(
+        self,
+        df: DataFrame,
+        *,
+        batch_size: int = 32,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        loss: Loss | Mapping[str, Loss] | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+        strategy: Strategy | None = None,
+        validation: DataFrame | None = None,
+        target: str | Mapping[str, str] | None = None,
+        weight_column: str | None = None,
+        workers: int | None = None,
+        schedule: Callable[..., Any] | None = None,
+        precision: str = "fp32",
+        run: str | Path | None = None,
+        key: str | None = None,
+    ) -> Checklist:
+        """Look, in seconds, whether `fit` with these arguments can work; trains nothing.
+
+        Columns and labels, the net with its loss and optimizer, what has to be sent, task slots, Python, torch and
+        kindling on the executors, whether they reach this driver, the run directory and the code, one pass forward and
+        back over the first rows of the data, and the memory that a worker needs against what is free.
+
+        Returns: a list of what was looked at, true where nothing has failed. Each failure is a sentence with its fix.
+        """
+        from kindling.train.checklist import check_all
+        from kindling.train.settings import LoopSettings
+
+        return check_all(
+            self,
+            df,
+            settings=LoopSettings(batch_size=batch_size, precision=precision),
+            optimizer=optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            weight_column=weight_column,
+            strategy=strategy,
+            schedule=schedule,
+            validation=validation,
+            workers=workers,
+            run=run,
+            target=target,
+            key=key,
         )
 
     # --------------------------------------------------------------------------------------------------- keeping

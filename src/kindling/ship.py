@@ -230,6 +230,16 @@ def _ship_module(spark: SparkSession, module: nn.Module, dtype: torch.dtype | st
     return known[key]
 
 
+def check_module(module: nn.Module) -> int:
+    """Whether a module can be sent to the workers; returns the bytes of its tensors.
+
+    Raises: ModelError, when it can neither be stored as a graph nor pickled.
+    """
+    named = {id(tensor): (name, tensor) for name, tensor in _named_tensors(module)}
+    _architecture(module, {key: name for key, (name, _) in named.items()}, {})
+    return sum(tensor.nbytes for _, tensor in named.values())
+
+
 def open_module(spec: ModuleSpec) -> nn.Module:
     """On a worker, after `threads.settle`: the module, its weights mapped from the shipped file.
 

@@ -1,4 +1,4 @@
-"""Makes `loops.py`, a loop to test with rows in memory, importable as `train_loops` by the tests of this folder."""
+"""Makes this folder's helpers importable: `train_loops` (a loop in memory), `train_runs`, `train_standalone`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-if "train_loops" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("train_loops", Path(__file__).with_name("loops.py"))
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules["train_loops"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["train_loops"])
+for _name in ("loops", "runs", "standalone"):
+    if f"train_{_name}" not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(f"train_{_name}", Path(__file__).with_name(f"{_name}.py"))
+        assert _spec is not None
+        assert _spec.loader is not None
+        sys.modules[f"train_{_name}"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[f"train_{_name}"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -25,45 +24,11 @@ from torch import nn
 
 import kindling as kd
 from kindling.errors import ConfigError, DataError, ModelError, TrainingError
-from kindling.storage import open_place
-from kindling.train.events import Event
 from kindling.train.fit import murmur3_of_long, route_keys
 
+from train_runs import SGD, blobs, digest, fit, frame, net  # isort: skip
+
 pytestmark = pytest.mark.spark
-
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
-
-
-def blobs(rows: int, seed: int = 0, classes: int = 3) -> list[tuple[str, str, list[float]]]:
-    """Rows (path, label, features) of as many clouds of points as there are classes."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(classes, 4)) * 3
-    labels = rng.integers(0, classes, rows)
-    points = centres[labels] + rng.normal(size=(rows, 4))
-    return [
-        (f"row-{i:05d}", f"c{label}", point.tolist())
-        for i, (label, point) in enumerate(zip(labels, points, strict=True))
-    ]
-
-
-def frame(spark: Any, rows: list[tuple[str, str, list[float]]], partitions: int = 3) -> Any:
-    return spark.createDataFrame(rows, "path string, label string, features array<float>").repartition(partitions)
-
-
-def net(classes: int = 3, dropout: float = 0.0) -> kd.Model:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, classes))
-    return kd.Model.of(module, shape=(4,), labels=[f"c{i}" for i in range(classes)])
-
-
-def digest(model: kd.Model) -> str:
-    state = model.module.state_dict()
-    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
-
-
-def fit(model: kd.Model, df: Any, **options: Any) -> kd.Model:
-    settings: dict[str, Any] = {"epochs": 2, "batch_size": 16, "optimizer": SGD, "workers": 2, "progress": False}
-    return model.fit(df, **{**settings, **options})
 
 
 @pytest.mark.sessions
@@ -216,122 +181,6 @@ def test_no_row_is_lost_or_doubled(spark: Any, tmp_path: Path, strategy: Any, ro
     expected = sorted([int(row[2][0]) for row in data] * 2)
     assert sorted(lines[-len(expected) :]) == expected  # before them stands the rehearsal on the driver
     assert trained.history[-1]["rows"] == len(data)
-
-
-@pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("strategy", [kd.AllReduce(), kd.ParameterAveraging(every=3)], ids=["allreduce", "averaging"])
-def test_a_killed_worker_changes_nothing(spark: Any, tmp_path: Path, workers: int, strategy: Any) -> None:
-    """SIGKILL from outside at a seeded step of the second epoch; the weights equal the unbroken run's, bit for bit."""
-    from kindling.train.preflight import slots
-
-    if (slots(spark) or 0) < workers:
-        pytest.skip(f"this session has fewer than {workers} slots")
-    _killed_equals_unbroken(spark, tmp_path, workers, strategy)
-
-
-def _killed_equals_unbroken(
-    spark: Any,
-    tmp_path: Path,
-    workers: int,
-    strategy: Any,
-    *,
-    step: int | None = None,
-    deaths: int = 1,
-    keep: bool = True,
-    unseen: bool = False,
-    frozen_front: bool = False,
-) -> None:
-    """A worker that dies while training, against an unbroken run.
-
-    Args: step: the call of the loss in which the worker dies, from 1; keep: in a run directory of the test's; unseen:
-    in one that only the driver's own process sees.
-    """
-    df = frame(spark, blobs(480))
-    model = net(dropout=0.2)
-    if frozen_front:
-        torch.manual_seed(0)
-        model = kd.Model.of(nn.Linear(4, 8), shape=(4,)).freeze().then(nn.Linear(8, 3), labels=["c0", "c1", "c2"])
-    options: dict[str, Any] = {"workers": workers, "strategy": strategy, "epochs": 3}
-    unbroken = fit(model, df, **options)
-    assert unbroken.history[-1]["attempts"] == 1
-    steps = -(-480 // (16 * workers))
-    at = step or steps + random.Random(workers).randint(2, 8)
-    killed: list[int] = []
-    over = threading.Event()
-
-    def killer() -> None:
-        while not over.wait(0.02):
-            for file in tmp_path.glob("pid-*"):
-                if (text := file.read_text()).endswith("\n") and int(text) not in killed:
-                    killed.append(int(text))
-                    os.kill(int(text), signal.SIGKILL)
-
-    thread = threading.Thread(target=killer)
-    thread.start()
-    run = f"memory://{tmp_path.name}/run" if unseen else tmp_path / "run"
-    try:
-        broken = fit(
-            model, df, **options, loss=WaitForDeath(str(tmp_path / "pid"), at, deaths), run=run if keep else None
-        )
-    finally:
-        over.set()
-        thread.join()
-    assert len(killed) == deaths
-    assert broken.history[-1]["attempts"] == deaths + 1 or not keep
-    if keep:
-        place = open_place(run)
-        parts = place.list(f"events/{deaths}/0")
-        events = [Event.from_line(line) for part in parts for line in place.read(part).splitlines()]
-        resumed = [event.step for event in events if event.kind == "resumed"]
-        # Not from the beginning, once an epoch was done; which step it is, the speed of the disk has a say in.
-        reached = deaths * (at - 1)
-        assert len(resumed) == (reached >= steps)
-        assert all(0 < step <= reached for step in resumed)
-    assert [epoch["rows"] for epoch in broken.history[-1]["epochs"]] == [480] * 3
-    if strategy.deterministic:
-        assert digest(broken) == digest(unbroken)
-        assert broken.history[-1]["epochs"][0]["loss"] == unbroken.history[-1]["epochs"][0]["loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"step": 1},
-        {"step": 45},  # the last of all
-        {"step": 20, "deaths": 2},
-        {"step": 20, "keep": False},
-        {"step": 20, "unseen": True},
-        {"step": 20, "frozen_front": True},
-        {"step": 20, "strategy": kd.ParameterAveraging(every=3, average_optimizer_state=True)},
-        {"step": 20, "strategy": kd.AllReduce(compression="powersgd")},
-        {"step": 20, "strategy": kd.DiLoCo(every=4, fragments=2, delay=1)},
-        {"step": 20, "strategy": kd.ThresholdSharing(threshold=0.01)},
-        {"step": 20, "strategy": kd.Downpour(push_every=2, fetch_every=2)},
-    ],
-    ids=lambda fault: " ".join(str(value).partition("(")[0] for value in fault.values()),
-)
-def test_killed_at_other_moments(spark: Any, tmp_path: Path, fault: dict[str, Any]) -> None:
-    _killed_equals_unbroken(spark, tmp_path, 2, **{"strategy": kd.AllReduce(), **fault})
-
-
-@pytest.mark.slow
-@pytest.mark.sessions
-def test_killed_on_every_kind_of_session(spark: Any, tmp_path: Path) -> None:
-    _killed_equals_unbroken(spark, tmp_path, 2, kd.AllReduce())
-
-
-@pytest.mark.slow
-def test_three_workers_survive_as_well() -> None:
-    """The same fault in a session with three slots, in a process of its own."""
-    if os.environ.get("KINDLING_TEST_MASTER") or os.environ.get("KINDLING_TEST_REMOTE"):
-        pytest.skip("once is enough: run on local[2]")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "test_a_killed_worker_changes_nothing and 3", "-m", "not slow"]
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "KINDLING_TEST_MASTER": "local[3]"}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=250, check=False)
-    assert "2 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 class WaitForDeath:

@@ -408,14 +408,19 @@ def compare_sample(job: Job, parts: list[bytes], batches: Iterator[pa.RecordBatc
             yield pa.RecordBatch.from_arrays([pa.array([answer], pa.binary())], ["comparison"])
 
 
-def _sample(df: DataFrame, columns: list[str]) -> list[bytes]:
-    """The first rows of `df` as Arrow streams, one for each task that will compare precisions on them."""
-    first = df.select(*map(_quoted, columns)).limit(SAMPLE_ROWS)
+def first_rows(df: DataFrame, columns: list[str], count: int) -> pa.Table:
+    """The first rows of `df`, on the driver."""
+    first = df.select(*map(_quoted, columns)).limit(count)
     with ship.translated():
         if hasattr(first, "toArrow"):
-            table = first.toArrow()
-        else:  # Spark 3.5
-            table = pa.Table.from_pylist([row.asDict(recursive=True) for row in first.collect()])
+            return first.toArrow()
+        # Spark 3.5
+        return pa.Table.from_pylist([row.asDict(recursive=True) for row in first.collect()])
+
+
+def _sample(df: DataFrame, columns: list[str]) -> list[bytes]:
+    """The first rows of `df` as Arrow streams, one for each task that will compare precisions on them."""
+    table = first_rows(df, columns, SAMPLE_ROWS)
     while table.num_rows > 1 and table.nbytes > _SAMPLE_BYTES:
         table = table.slice(0, table.num_rows // 2)
     size = -(-table.num_rows // _SAMPLE_TASKS)

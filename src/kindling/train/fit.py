@@ -26,14 +26,14 @@ from kindling import ship
 from kindling.errors import ConfigError, DataError, KindlingError, ModelError, SessionError, from_text
 from kindling.prepare import ArrayStep, Preparation, Step
 from kindling.signature import Signature
-from kindling.train import packing, preflight, spool
+from kindling.train import executors, packing, preflight, slots, spool
 from kindling.train import run as runs
 from kindling.train.callbacks import Callback, Callbacks
 from kindling.train.events import Event
 from kindling.train.listener import Listener
 from kindling.train.progress import TrainingBar
 from kindling.train.run import RESUME
-from kindling.train.settings import ON_ERROR, LoopSettings, UserCode, WorkerSpec, silence_s
+from kindling.train.settings import ON_ERROR, SHORTEST_TIMEOUT_S, LoopSettings, UserCode, WorkerSpec, silence_s
 from kindling.train.table import Table
 from kindling.train.targets import read_targets
 from kindling.train.worker import NO_ROWS, REPORT_SCHEMA, run_worker
@@ -92,6 +92,8 @@ def fit(
     resume = {True: "always", False: "never"}.get(resume, resume) if isinstance(resume, bool) else resume
     if resume not in RESUME:
         raise ConfigError("resume", resume, "is not a way to go on", f"Use one of {RESUME}")
+    if not timeout_s >= SHORTEST_TIMEOUT_S:
+        raise ConfigError("timeout_s", timeout_s, "is too short to tell a slow worker from a lost one", "Use 2 or more")
     spark = df.sparkSession
     began = time.time()
     targets = read_targets(model, df, target, loss, loss_weights, weight_column)
@@ -114,8 +116,8 @@ def fit(
         metrics=dict(metrics or {}),
     )
     preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, targets.labels)
-    workers = preflight.workers_for(spark, workers)
-    plain = preflight.without_barrier(spark)
+    workers = slots.workers_for(spark, workers)
+    plain = slots.without_barrier(spark)
 
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(TrainingBar(settings.epochs, shown=progress))
@@ -142,7 +144,7 @@ def fit(
         heard = stack.enter_context(Callbacks(callbacks, lambda: listener.stop() if listener else None))
         desk = _Desk(bar, heard)
         if address:
-            copies = preflight.runs_copies(spark)
+            copies = slots.runs_copies(spark)
             table = Table(
                 workers,
                 silence_s=silence_s(timeout_s),
@@ -152,8 +154,14 @@ def fit(
             )
             kill = _task_killer(spark)
             listener = stack.enter_context(Listener(desk.on_event, address, table=table, place=place, kill=kill))
-        else:
-            preflight.check_patience(spark)
+        if not executors.reach(spark, workers, listener.address if listener else None):
+            if plain:
+                raise SessionError(
+                    "the executors cannot reach this driver, and with dynamic allocation they meet nowhere else. "
+                    "Let them connect to the driver's ports, or turn spark.dynamicAllocation.enabled off."
+                )
+            listener = None
+            slots.check_patience(spark)
         prefix = None
         if split:
             front = ship.ship_module(spark, split.prefix), model.preparation.to_json(), frozen_precision

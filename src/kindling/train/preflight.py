@@ -8,13 +8,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kindling import ship
-from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
+import numpy as np
+
+from kindling.errors import ConfigError, DataError, ModelError, TrainingError, did_you_mean
 from kindling.prepare import Augmentation, ImageStep, Preparation, SequenceStep
 from kindling.randomness import borrowed
 from kindling.signature import Signature
@@ -22,7 +21,7 @@ from kindling.signature import Signature
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame
     from torch import Tensor, nn
 
     from kindling.model import Model
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
     OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 _LOG = logging.getLogger("kindling.fit")
-
-_BARRIER_TIMEOUT = "spark.barrier.sync.timeout"
-_LONG_WAIT_S = 1800
-_UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def read_augment(model: Model, augment: Augment) -> dict[str, tuple[Augmentation, ...]]:
@@ -93,8 +88,6 @@ def default_optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
 
 def made_up_rows(preparation: Preparation, count: int) -> dict[str, np.ndarray]:
     """Packed columns of rows as a preparation gives them: noise, the first class, sequences of full length."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     arrays = {}
     for name, (dtype, shape) in preparation.packed_spec(targets=True).items():
@@ -114,9 +107,12 @@ def rehearse(
     code: UserCode,
     settings: LoopSettings,
     labels: tuple[str, ...] | None,
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """One forward and backward pass of made-up rows on the driver: shapes, dtypes, labels and the user's code fit.
+    """One forward and backward pass on the driver: shapes, dtypes, labels and the user's code fit.
 
+    Args:
+        arrays: packed rows; made-up ones if None.
     Raises: ModelError, ConfigError, TrainingError: what does not fit.
     """
     import torch
@@ -126,7 +122,8 @@ def rehearse(
     from kindling.train.rates import make_schedule
     from kindling.train.strategies.parameter_groups import wants_names
 
-    arrays = made_up_rows(preparation, 4)
+    real = arrays is not None
+    arrays = arrays or made_up_rows(preparation, 4)
     copied = copy.deepcopy(module)
     surgery.set_training(copied, frozen)
     trainable = [p for p in copied.parameters() if p.requires_grad]
@@ -137,7 +134,13 @@ def rehearse(
     with borrowed():
         batch = preparation.batch(arrays, targets=True)
         objective = Objective.of(code.loss, signature, preparation)
-        torch.stack(objective.losses(copied, signature, batch, settings.precision)).sum().backward()  # type: ignore[no-untyped-call]
+        value = torch.stack(objective.losses(copied, signature, batch, settings.precision)).sum()
+        if real and not math.isfinite(float(value.detach())):
+            raise TrainingError(
+                f"the loss is {float(value.detach())} before the first step. Look for values that are no numbers, or "
+                "very large ones; scaled inputs help most often."
+            )
+        value.backward()  # type: ignore[no-untyped-call]
         outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
     if labels is not None:
         width = outputs.shape[1] if outputs.dim() == 2 else 0
@@ -158,74 +161,3 @@ def rehearse(
         )
     if code.schedule is not None:
         make_schedule(code.schedule, made, settings.epochs)
-
-
-def slots(spark: SparkSession, patience_s: float = 20.0, wanted: int = 1) -> int | None:
-    """Tasks that can run at the same time, or None where the session does not tell (a remote Connect server)."""
-    master = spark.conf.get("spark.master", "") or ""
-    inside = master.partition("[")[2].rstrip("]").split(",")
-    if master.startswith("local-cluster["):
-        return int(inside[0]) * int(inside[1])
-    if ship.is_connect(spark):
-        if master.startswith("local"):
-            import os
-
-            return (os.cpu_count() or 1) if inside[0] == "*" else int(inside[0] or 1)
-        return None
-    context = spark.sparkContext
-    scala = context._jsc.sc()
-    # Executors of a cluster register one after the other; those of local[n] are there from the start.
-    deadline = time.monotonic() + (0.0 if master.startswith("local") else patience_s)
-    while True:
-        free = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
-        if free >= wanted or time.monotonic() > deadline:
-            return free
-        time.sleep(0.25)
-
-
-def workers_for(spark: SparkSession, asked: int | None) -> int:
-    if asked is not None and (not isinstance(asked, int) or asked < 1):
-        raise ConfigError("workers", asked, "leaves nobody to train", "Use 1 or more")
-    there = slots(spark, wanted=asked or 1)
-    if asked is None:
-        return there or 2
-    if there is not None and asked > there:
-        raise ConfigError(
-            "workers",
-            asked,
-            f"needs {asked} task slots at the same time, and the session has {there}",
-            f"Use workers={there} or a larger cluster",
-        )
-    return asked
-
-
-def check_patience(spark: SparkSession) -> None:
-    """Warn where Spark would let workers wait for a dead one until nobody remembers the job."""
-    text = str(spark.conf.get(_BARRIER_TIMEOUT, None) or "365d")
-    found = re.fullmatch(r"(\d+)\s*(ms|s|m|min|h|d)?", text.strip())
-    seconds = int(found[1]) * _UNIT_S[found[2] or "s"] if found else math.inf
-    if seconds > _LONG_WAIT_S:
-        _LOG.warning(
-            "%s is %s: a worker that dies before training begins would be waited for that long. "
-            "Start the session with 300s, as kindling.spark() does.",
-            _BARRIER_TIMEOUT,
-            text,
-        )
-
-
-def without_barrier(spark: SparkSession) -> bool:
-    """Whether Spark refuses barrier stages here, so that the workers must be tasks of a plain one.
-
-    It does with dynamic allocation (SPARK-24942), which a local master does not know.
-    """
-    local = str(spark.conf.get("spark.master", "") or "").startswith("local")
-    return not local and _is_on(spark, "spark.dynamicAllocation.enabled")
-
-
-def runs_copies(spark: SparkSession) -> bool:
-    """Whether Spark starts a slow task a second time beside the first; never in a barrier stage."""
-    return without_barrier(spark) and _is_on(spark, "spark.speculation")
-
-
-def _is_on(spark: SparkSession, setting: str) -> bool:
-    return str(spark.conf.get(setting, "false")).lower() == "true"

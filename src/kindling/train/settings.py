@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 ON_ERROR = ("fail", "drop")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULE_EVERY = ("epoch", "step")
+SHORTEST_TIMEOUT_S = 2.0
+"""Workers are heard every second."""
 _SILENCE_S = 60.0
 _AFTER_EACH_EPOCH = Checkpoints()
 

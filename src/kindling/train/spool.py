@@ -336,8 +336,7 @@ class Spool:
     """Column files of one worker, one set per stream, deleted on close."""
 
     def __init__(self, run: str, spec: PackedSpec) -> None:
-        base = Path(os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or tempfile.gettempdir())
-        _sweep(base, run)
+        base = sweep(run)
         base.mkdir(parents=True, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix=f"kindling-{run}-{os.getpid()}-", dir=base))
         self._spec = dict(spec)
@@ -398,9 +397,11 @@ class Spool:
         return self.directory / f"{stream}-{list(self._spec).index(name)}.bin"
 
 
-def _sweep(base: Path, run: str) -> None:
-    """Remove what killed workers of this run left on this host."""
+def sweep(run: str) -> Path:
+    """Remove what killed workers of this run left on this host; returns the folder in which spools lie."""
+    base = Path(os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or tempfile.gettempdir())
     for left in base.glob(f"kindling-{run}-*"):
         pid = left.name.removeprefix(f"kindling-{run}-").split("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
             shutil.rmtree(left, ignore_errors=True)
+    return base

@@ -95,7 +95,7 @@ class _Worker:
         self.met = False
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, int, bytes]]:
-        from kindling.train.spool import Spool
+        from kindling.train.spool import Spool, sweep
 
         meeting: Meeting | None = None
         spool: Spool | None = None
@@ -122,7 +122,8 @@ class _Worker:
             self.log.emit("spooled", seconds=time.perf_counter() - began, bytes=spool.bytes)
             yield from self._train(spool, meeting)
         except ClosedError:
-            return  # all have finished, and Spark has lost what one of them gave: the driver has it already
+            # All have finished, and one of them was lost on its way out: the driver has everything already.
+            sweep(self.spec.run)
         except KindlingError as error:
             yield from self._give_up(error, meeting)
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

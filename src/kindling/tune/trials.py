@@ -24,7 +24,7 @@ from kindling import ship
 from kindling.errors import ConfigError, TrainingError, did_you_mean
 from kindling.model import Model
 from kindling.randomness import borrowed
-from kindling.train import preflight
+from kindling.train import slots
 from kindling.train.callbacks import StopTraining
 from kindling.train.events import Event
 from kindling.train.fit import cancel_by_tag
@@ -448,7 +448,7 @@ def _at_a_time(spark: SparkSession, workers: int, parallel: int | None) -> int:
     for name, count in (("workers", workers), ("parallel", 1 if parallel is None else parallel)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(name, count, "is no count", "Use a whole number, 1 or more")
-    there = preflight.slots(spark, wanted=workers * (parallel or 1))
+    there = slots.slots(spark, wanted=workers * (parallel or 1))
     if there is None:  # a server that does not tell
         return parallel or 1
     if workers * (parallel or 1) > there:
