@@ -65,7 +65,13 @@ class Lab:
 
 
 SPACE: Any = {"lr": [1e-5, 3e-2], "width": [8, 16]}
-SETTINGS: Any = {"epochs": 25, "checkpoint_every": 25, "batch_size": 16, "frozen_precision": "fp32", "key": "path"}
+SETTINGS: Any = {
+    "epochs": 25,
+    "checkpoints": kd.Checkpoints(epochs=25),
+    "batch_size": 16,
+    "frozen_precision": "fp32",
+    "key": "path",
+}
 
 
 def counted(df: Any, read: Any) -> Any:
@@ -165,7 +171,7 @@ def test_trials_that_fall_behind_end_early(spark: Any) -> None:
         pruner=SuccessiveHalving(epochs=2, factor=2),
         parallel=1,
         epochs=200,
-        checkpoint_every=200,
+        checkpoints=kd.Checkpoints(epochs=200),
         progress=False,
     )
     good, bad = found.trials

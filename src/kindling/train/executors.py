@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ _SAME = ("torch", "kindling")
 MANY_TASKS = 64
 """So many tasks look at every host of most clusters; more would take longer than the training's own tasks."""
 _LOG = logging.getLogger("kindling.fit")
+_asking = threading.Lock()
 _known: dict[str, list[Answer]] = {}
 """Session -> what its executors told, where nothing was wrong."""
 
@@ -34,21 +36,22 @@ def ask(spark: SparkSession, tasks: int, question: Question, *, afresh: bool = T
     Raises: SessionError, where the task cannot run at all.
     """
     key = ship.session_key(spark)
-    if not afresh and key in _known:
-        return _known[key]
-    import pyspark.cloudpickle
+    with _asking:  # several trainings may begin at once; how modules are pickled is one setting for all threads
+        if not afresh and key in _known:
+            return _known[key]
+        import pyspark.cloudpickle
 
-    # By value: the worker may lack kindling, and that is to be said in a sentence.
-    pyspark.cloudpickle.register_pickle_by_value(probe)
-    try:
-        with ship.translated():
-            frame = spark.range(0, tasks, 1, tasks).mapInArrow(partial(probe.probe, question), probe.SCHEMA)
-            answers = [json.loads(row["answer"]) for row in frame.collect()]
-    finally:
-        pyspark.cloudpickle.unregister_pickle_by_value(probe)
-    check_versions(answers)
-    _known[key] = answers
-    return answers
+        # By value: the worker may lack kindling, and that is to be said in a sentence.
+        pyspark.cloudpickle.register_pickle_by_value(probe)
+        try:
+            with ship.translated():
+                frame = spark.range(0, tasks, 1, tasks).mapInArrow(partial(probe.probe, question), probe.SCHEMA)
+                answers = [json.loads(row["answer"]) for row in frame.collect()]
+        finally:
+            pyspark.cloudpickle.unregister_pickle_by_value(probe)
+        check_versions(answers)
+        _known[key] = answers
+        return answers
 
 
 def reach(spark: SparkSession, tasks: int, address: Address | None) -> bool:
