@@ -173,6 +173,7 @@ def test_ctrl_c_ends_the_program_with_130(nets: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_during_a_spark_job(tmp_path: Path) -> None:
@@ -330,6 +331,7 @@ def test_evaluate_and_predict(
     assert alone["prediction"] == answers[path]
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 @pytest.mark.needs_data
 def test_transfer_on_real_photos_with_real_weights(spark: Any, data_dir: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_every_example_is_run_here() -> None:
         assert f'"{path.stem}' in text, f"no test runs {path.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 def test_digits_table(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "digits_table.py")]

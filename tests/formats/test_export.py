@@ -109,6 +109,7 @@ def test_safetensors_go_into_the_same_net_again(tmp_path: Path) -> None:
         kd.load(model)
 
 
+@pytest.mark.slow
 def test_a_folder_runs_with_torch_alone(tmp_path: Path) -> None:
     model, folder = small(), tmp_path / "alone"
     model.export(folder)

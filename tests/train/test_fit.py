@@ -394,6 +394,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(spark: Any, tmp_path: Pa
             assert again.history[-1]["epochs"][1]["loss"] == whole.history[-1]["epochs"][1]["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_for_otherwise_is_refused_with_the_list(spark: Any, tmp_path: Path) -> None:
     run, rows = tmp_path / "run", blobs(100)
     df = frame(spark, rows)

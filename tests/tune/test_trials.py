@@ -85,6 +85,7 @@ def counted(df: Any, read: Any) -> Any:
     return df.mapInArrow(count, df.schema)
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 def test_a_grid_with_a_frozen_front(spark: Any, tmp_path: Path) -> None:
     train, valid = digits(spark, 0, ROWS), digits(spark, ROWS, ROWS + CHECKED)
