@@ -241,7 +241,11 @@ class _Worker:
         attempt = 0
         if self.rank == 0 and place is not None:
             attempt = sum(1 for name in place.list("attempts") if name.endswith(".json"))
-            place.write(f"attempts/{attempt}.json", json.dumps({"unix_s": time.time(), "host": meeting.host}).encode())
+            about = {"unix_s": time.time(), "host": meeting.host}
+            try:
+                place.write(f"attempts/{attempt}.json", json.dumps(about).encode())
+            except (StorageError, OSError) as error:  # a full disk costs checkpoints, not the training
+                self.log.emit("warning", text=f"attempt {attempt} could not be noted: {error}")
         mine = {
             "host": meeting.host,
             "port": port,
@@ -400,7 +404,7 @@ class _Worker:
             "pid": os.getpid(),
         }
         self.log.emit("finish", sha256=report["sha256"])
-        _write_events(place, self.log)
+        _keep_events(place, self.log)
         yield "report", 0, json.dumps(report).encode()
         yield "events", 0, "\n".join(event.to_line() for event in self.log.events).encode()
         if self.rank == 0:
@@ -435,20 +439,20 @@ def _tell(log: EventLog, place: Place, kind: str, *, step: int, epoch: int = 0, 
     """What the writing thread has to say; with a checkpoint go the events so far."""
     log.emit(kind, step=step, epoch=epoch, **data)
     if kind == "checkpoint":
-        try:
-            _write_events(place, log)
-        except (StorageError, OSError) as error:
-            log.emit("warning", step=step, text=f"events could not be written: {error}")
+        _keep_events(place, log, step)
 
 
-def _write_events(place: Place | None, log: EventLog) -> None:
+def _keep_events(place: Place | None, log: EventLog, step: int = 0) -> None:
     """The events since the last part, as a part of their own: written parts are never changed."""
     if place is None:
         return
     part, events = log.take()
     if events:
         lines = "\n".join(event.to_line() for event in events)
-        place.write(f"events/{log.attempt}/{log.rank}/{part}.jsonl", lines.encode())
+        try:
+            place.write(f"events/{log.attempt}/{log.rank}/{part}.jsonl", lines.encode())
+        except (StorageError, OSError) as error:
+            log.emit("warning", step=step, text=f"events could not be written: {error}")
 
 
 def _visible(spec: WorkerSpec) -> Place | None:
