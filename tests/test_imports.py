@@ -40,6 +40,7 @@ NO_SPARK = (
     "train.meeting",
     "train.remote",
     "predict.engine",
+    "predict.stages",
     "model",
 )
 """Rooms that work where pyspark is not installed."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kindling.errors import ConfigError, DataError, ModelError
+from kindling.predict.stages import BATCH_NUMBERS, ROWS, TwoStages, in_stages
 from kindling.prepare import ImageStep, Preparation
 from kindling.signature import Signature
 
@@ -75,7 +76,9 @@ class Engine:
         self.preparation = preparation
         self.dtype = PRECISIONS[precision]
         self.batch_size = batch_size or net_batch(signature, module)
-        self.module = inference_copy(module, self.dtype)
+        self.module = in_stages(
+            inference_copy(module, self.dtype), signature, self.batch_size, ghost=lambda: _ghost(module)
+        )
         self._heap, self._warm = _Heap(), False
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -137,7 +140,7 @@ def net_batch(signature: Signature, module: nn.Module | None = None) -> int:
 
     A batch's largest tensor should stay near the caches, and small beside the weights, which workers share while each
     has activations of its own. With `module` every layer's output is looked at (a pass without numbers, on the meta
-    device), else only what goes in.
+    device), else only what goes in. A net that can run its wide front on fewer rows (see `stages`) gets 16 or more.
 
     >>> from kindling.signature import TensorSpec
     >>> net_batch(Signature({"image": TensorSpec(("N", 3, 224, 224))}, {}))
@@ -148,12 +151,12 @@ def net_batch(signature: Signature, module: nn.Module | None = None) -> int:
     inputs = [math.prod(_sizes(spec.shape)) for spec in signature.inputs.values()]
     largest = max([*inputs, *(_activations(module, signature) if module is not None else [])], default=1)
     # Without a look inside, count on layers that are several times as wide as the input.
-    wanted = _BATCH_NUMBERS // max(largest if module is not None else 6 * largest, 1)
-    return 1 << max(0, min(10, wanted.bit_length() - 1))
-
-
-_BATCH_NUMBERS = 1 << 24
-"""Numbers in the largest tensor of a forward pass, where the net allows."""
+    wanted = BATCH_NUMBERS // max(largest if module is not None else 6 * largest, 1)
+    rows = 1 << max(0, min(10, wanted.bit_length() - 1))
+    if module is None or rows >= ROWS:
+        return rows
+    staged = in_stages(module, signature, ROWS, ghost=lambda: _ghost(module))
+    return ROWS if isinstance(staged, TwoStages) else rows
 
 
 def _sizes(shape: Sequence[int | str]) -> list[int]:
@@ -171,7 +174,7 @@ def _activations(module: nn.Module, signature: Signature) -> list[int]:
 
     try:
         with torch.inference_mode():
-            ghost = _copy(module, lambda _part, tensor: torch.empty_like(tensor, device="meta"))
+            ghost = _ghost(module)
             for part in ghost.modules():
                 if not any(True for _ in part.children()):
                     part.register_forward_hook(note)
@@ -184,6 +187,11 @@ def _activations(module: nn.Module, signature: Signature) -> list[int]:
     except Exception:  # data-dependent nets cannot run so; what was seen until then still bounds the batch
         pass
     return seen
+
+
+def _ghost(module: nn.Module) -> nn.Module:
+    """A copy in inference mode whose tensors have shapes and no numbers."""
+    return _copy(module, lambda _part, tensor: torch.empty_like(tensor, device="meta"))
 
 
 def inference_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
