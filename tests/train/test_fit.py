@@ -616,7 +616,7 @@ def test_photos_are_changed_in_training_alone(spark: Any, photos: Path) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh())
     trunk = kd.Model.of(module, inputs=kd.prepare.ImageStep("photo", size=(8, 8), channels="L", scale=1 / 255))
     model = trunk.freeze().then(nn.Linear(16, 3), labels=kd.labels(df))
-    options: dict[str, Any] = {"epochs": 6, "validation": df, "optimizer": partial(torch.optim.Adam, lr=0.03)}
+    options: dict[str, Any] = {"epochs": 9, "validation": df, "optimizer": partial(torch.optim.Adam, lr=0.1)}
     changes = [kd.prepare.RandomCrop(1), kd.prepare.RandomColor(0.1, 0.1)]
     trained = fit(model, df, augment=changes, **options)
     last = trained.history[-1]["epochs"][-1]

@@ -8,7 +8,6 @@ until `spark.barrier.sync.timeout`. What the driver makes of it all is in `table
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import queue
@@ -159,7 +158,6 @@ class TableMeeting(Meeting):
         task: Spark's number of this task.
         host: at which the others reach this worker; the interface that reaches the driver if None.
         silence_s: after so long without a sign of life this process ends itself, whatever holds it.
-        clean: removes what this process would leave behind; called before its end if that has to be forced.
         forced: whether the process may be ended at all, should it not end by itself; not for a test's own process.
     Raises: SessionError, when the driver cannot be reached; ClosedError, when the run is over; LostError.
     """
@@ -174,14 +172,13 @@ class TableMeeting(Meeting):
         task: int,
         host: str | None,
         silence_s: float,
-        clean: Callable[[], None] = lambda: None,
         forced: bool = True,
     ) -> None:
         self.pulse = Pulse()
         self._line = _reach(address)
         self.own_host = self._line.own_host
         self.host = host or self.own_host
-        self._clean, self._forced = clean, forced
+        self._forced = forced
         self._silence_s = silence_s
         self._queue: queue.SimpleQueue[tuple[Message, bytes] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -304,8 +301,6 @@ class TableMeeting(Meeting):
                 self._over = message
             self._changed.notify_all()
         if self._forced and not self._closed.wait(_GRACE_S):
-            with contextlib.suppress(Exception):
-                self._clean()
             print(f"kindling: {message['reason']} This process is ended.", file=sys.stderr, flush=True)
             os._exit(_PROCESS_ENDED)
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -333,12 +331,13 @@ def told(rows: Rows, tell: Callable[[], None]) -> Rows:
 
 
 class Spool:
-    """Column files of one worker, one set per stream, deleted on close."""
+    """Column files of one worker, one set per stream, on the local disk of Spark.
 
-    def __init__(self, run: str, spec: PackedSpec) -> None:
-        base = sweep(run)
-        base.mkdir(parents=True, exist_ok=True)
-        self.directory = Path(tempfile.mkdtemp(prefix=f"kindling-{run}-{os.getpid()}-", dir=base))
+    The files have no name from the start, so the kernel removes them with the process, however that ends.
+    """
+
+    def __init__(self, spec: PackedSpec) -> None:
+        self._folder = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or tempfile.gettempdir()
         self._spec = dict(spec)
         self._files: dict[tuple[int, str], Any] = {}
         self._hashes: dict[int, list[np.ndarray]] = {TRAIN: [], VALIDATION: []}
@@ -363,45 +362,35 @@ class Spool:
             column = batch.column(name)
             width = column.type.byte_width
             data = memoryview(column.buffers()[1])[column.offset * width : (column.offset + len(column)) * width]
-            file = self._files.get((stream, name))
-            if file is None:
-                file = self._files[stream, name] = open(self._path(stream, name), "wb", buffering=0)
             try:
+                file = self._files.get((stream, name))
+                if file is None:
+                    file = self._files[stream, name] = self._open()
                 file.write(data)
             except OSError as error:
                 raise StorageError(
-                    f"rows could not be spooled to {self.directory}: {error}. Free the disk or set SPARK_LOCAL_DIRS."
+                    f"rows could not be spooled to {self._folder}: {error}. Free the disk or set SPARK_LOCAL_DIRS."
                 ) from error
             self.bytes += len(data)
+
+    def _open(self) -> Any:
+        os.makedirs(self._folder, exist_ok=True)
+        return tempfile.TemporaryFile(dir=self._folder, buffering=0)
 
     def rows(self, stream: int) -> Rows:
         """All rows of a stream, memory-mapped. Call after the last `add`."""
         hashes = np.concatenate([np.empty(0, np.uint64), *self._hashes[stream]])
-        columns = {}
+        columns: dict[str, np.ndarray] = {}
         for name, (dtype, shape) in self._spec.items():
             full = (len(hashes), *shape)
             file = self._files.pop((stream, name), None)
+            columns[name] = np.memmap(file, dtype, "r", shape=full) if len(hashes) else np.empty(full, dtype)
             if file is not None:
-                file.close()
-            columns[name] = (
-                np.memmap(self._path(stream, name), dtype, "r", shape=full) if len(hashes) else np.empty(full, dtype)
-            )
+                file.close()  # the mapping keeps it
         return Rows(hashes, columns)
 
     def close(self) -> None:
+        """Let go of files no rows were asked of."""
         for file in self._files.values():
             file.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _path(self, stream: int, name: str) -> Path:
-        return self.directory / f"{stream}-{list(self._spec).index(name)}.bin"
-
-
-def sweep(run: str) -> Path:
-    """Remove what killed workers of this run left on this host; returns the folder in which spools lie."""
-    base = Path(os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or tempfile.gettempdir())
-    for left in base.glob(f"kindling-{run}-*"):
-        pid = left.name.removeprefix(f"kindling-{run}-").split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    return base
+        self._files.clear()

@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -95,23 +95,19 @@ class _Worker:
         self.met = False
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, int, bytes]]:
-        from kindling.train.spool import Spool, sweep
+        from kindling.train.spool import Spool
 
         meeting: Meeting | None = None
         spool: Spool | None = None
 
-        def clean() -> None:
-            if spool is not None:
-                spool.close()
-
         try:
             from kindling.prepare import Preparation
 
-            meeting = _come(self.spec, self.rank, clean)
+            meeting = _come(self.spec, self.rank)
             self.log.say = meeting.say
             self.log.emit("start")
             began = time.perf_counter()
-            spool = Spool(self.spec.run, Preparation.from_json(self.spec.preparation).packed_spec(targets=True))
+            spool = Spool(Preparation.from_json(self.spec.preparation).packed_spec(targets=True))
             for batch in batches:
                 streams, notes, blobs = (
                     batch.column(batch.schema.get_field_index(n)) for n in ("stream", "notes", "blob")
@@ -122,8 +118,7 @@ class _Worker:
             self.log.emit("spooled", seconds=time.perf_counter() - began, bytes=spool.bytes)
             yield from self._train(spool, meeting)
         except ClosedError:
-            # All have finished, and one of them was lost on its way out: the driver has everything already.
-            sweep(self.spec.run)
+            pass  # all have finished, and one of them was lost on its way out: the driver has everything already
         except KindlingError as error:
             yield from self._give_up(error, meeting)
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -138,7 +133,8 @@ class _Worker:
         finally:
             if meeting is not None:
                 meeting.close()
-            clean()
+            if spool is not None:
+                spool.close()
 
     def _give_up(self, error: KindlingError, meeting: Meeting | None) -> Iterator[tuple[str, int, bytes]]:
         """End, for a reason that a further attempt cannot cure unless it is a full disk.
@@ -490,7 +486,7 @@ def _classes_seen(feed: Any, spec: WorkerSpec) -> list[int]:
     return [int(value) for value in np.unique(values)[:2]] if len(values) else []
 
 
-def _come(spec: WorkerSpec, rank: int, clean: Callable[[], None]) -> Meeting:
+def _come(spec: WorkerSpec, rank: int) -> Meeting:
     """Take this worker's seat at the driver's table, or stand in Spark's barrier."""
     from pyspark import BarrierTaskContext, TaskContext
 
@@ -509,7 +505,6 @@ def _come(spec: WorkerSpec, rank: int, clean: Callable[[], None]) -> Meeting:
         task=int(context.taskAttemptId()),
         host=host,
         silence_s=silence_s(spec.timeout_s),
-        clean=clean,
     )
 
 
