@@ -18,6 +18,16 @@ import kindling
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `sessions(slow=True)` is slow on the sessions that are not the first one."""
+    if os.environ.keys() & {"KINDLING_TEST_REMOTE", "KINDLING_TEST_MASTER"}:
+        for item in items:
+            mark = item.get_closest_marker("sessions")
+            if mark is not None and mark.kwargs.get("slow"):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The session under test: `KINDLING_TEST_REMOTE` (Spark Connect), else `KINDLING_TEST_MASTER`, else local[2].

@@ -102,7 +102,7 @@ def test_a_first_run_stores_the_features_and_what_made_them(store: Store) -> Non
     assert side["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.sessions
+@pytest.mark.sessions(slow=True)
 def test_only_what_is_new_or_changed_is_computed(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kindling.predict")
 
@@ -140,7 +140,7 @@ def test_no_rows_at_all(store: Store) -> None:
     assert contents(store.run({})) == {}
 
 
-@pytest.mark.sessions
+@pytest.mark.sessions(slow=True)
 def test_broken_rows_are_counted_listed_and_treated_as_asked(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     rows = photos(40, broken=(3, 30))
     kept = contents(store.run(rows))
@@ -286,7 +286,7 @@ print("finished", flush=True)
 """
 
 
-@pytest.mark.sessions
+@pytest.mark.sessions(slow=True)
 def test_a_run_killed_half_way_goes_on_where_it_stopped(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

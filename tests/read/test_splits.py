@@ -78,7 +78,7 @@ def test_rows_without_a_key_are_not_lost(spark: Any) -> None:
     assert sorted(side.where("path is null").count() for side in read.split(df, 0.5, 0.5)) == [0, 5]
 
 
-@pytest.mark.sessions
+@pytest.mark.sessions(slow=True)
 def test_stratified_shares_are_exact_in_each_class(spark: Any) -> None:
     sizes = {"a": 100, "b": 33, "c": 7, "d": 2, "e": 1, None: 10}
     rows = [(f"{label}{n}", label, n) for label, size in sizes.items() for n in range(size)]
