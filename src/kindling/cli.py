@@ -7,6 +7,7 @@ are in `options.py`, how results, errors and exit codes come out in `console.py`
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import signal
@@ -97,15 +98,44 @@ def _as_started(context: typer.Context, run: str) -> dict[str, Any]:
     session = None
     if "://" in run:
         session = _spark(context.params["master"], context.params["remote"], context.params["spark_log"])
-    started = (kd.Run.open(run, spark=session).asked.get("about") or {}).get("command")
+    about = kd.Run.open(run, spark=session).asked.get("about") or {}
+    started = about.get("command")
     if started is None:
         raise kd.errors.ConfigError(
             "resume", run, "was not started by `kindling fit`", "Go on with Model.fit(run=...), as it was started"
         )
-    given = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+    given = _given(context)
     again = {n: started.get(n, value) if n not in given else value for n, value in context.params.items()}
     context.params.update(again, run=run, resume=None)
+    context.meta[_GIVEN] = given | set(about.get("given", ()))
     return dict(context.params)
+
+
+_GIVEN = "kindling.given"
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Options that stand on the command line, or stood there when the run was started."""
+    if _GIVEN in context.meta:
+        return set(context.meta[_GIVEN])
+    return {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+
+
+_SAID_BY_SOLVER = ("epochs", "batch_size", "accumulate", "strategy", "max_steps", "seed")
+_FIELDS_OF_SOLVER = {"lr": "base_lr", "momentum": "momentum", "weight_decay": "weight_decay"}
+
+
+def _as_solver_says(
+    context: typer.Context, recipe: kd.Recipe, options: dict[str, Any]
+) -> tuple[kd.Recipe, dict[str, Any]]:
+    """The recipe and the options of its fit: what was given counts, and the solver for all that was not."""
+    given = _given(context)
+    kept = {name: value for name, value in options.items() if name not in _SAID_BY_SOLVER or name in given}
+    del kept["optimizer"]
+    if "epochs" in given:
+        kept.setdefault("max_steps", None)
+    changed = {field: context.params[name] for name, field in _FIELDS_OF_SOLVER.items() if name in given}
+    return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, **changed)), kept
 
 
 def _refuse_to_replace(out: str, overwrite: bool) -> None:
@@ -198,7 +228,9 @@ def featurize(
     epilog="**Examples**: `kindling fit digits/ --model my_nets:small --out model --epochs 10`, where my_nets.py holds "
     "`def small(labels): return kd.Model.of(net, ..., labels=labels)`; "
     "`kindling fit more-photos/ --model model --out model2 --lr 0.001` trains a saved model further; "
-    "`kindling fit --resume runs/1` goes on where a run with `--run runs/1` was broken off."
+    "`kindling fit --resume runs/1` goes on where a run with `--run runs/1` was broken off; "
+    "`kindling fit digits.parquet --solver lenet_solver.prototxt --input-shape 1,28,28 --out model` trains as "
+    "Caffe would."
 )
 def fit(
     context: typer.Context,
@@ -211,6 +243,23 @@ def fit(
         o.option(o.TRAINING, "Rows to validate on after each epoch. May be repeated.", metavar="DATA"),
     ] = None,
     freeze: o.Freeze = None,
+    solver: Annotated[
+        str | None,
+        o.option(
+            o.TRAINING,
+            "A solver.prototxt of Caffe: its net (instead of --model), trained as it says. Training options given "
+            "beside it count instead of its own.",
+            metavar="FILE",
+        ),
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        o.option(o.NET, "Shape of one row, where the solver's net leaves it open.", metavar="3,32,32"),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        o.option(o.NET, "The mean file that the solver's net names and that is not beside it.", metavar="FILE"),
+    ] = None,
     target: Annotated[str, o.option(o.TRAINING, "The column to learn.", metavar="COLUMN")] = "label",
     epochs: o.Epochs = 10,
     batch_size: o.BatchSize = 32,
@@ -263,8 +312,10 @@ def fit(
         fit(context, **again)
         return
     with command(as_json=as_json) as output:
-        if not data or model is None or out is None:
-            raise typer.BadParameter("DATA, --model and --out are needed, or --resume with a run that knows them")
+        if not data or (model is None) == (solver is None) or out is None:
+            raise typer.BadParameter(
+                "DATA, --out and either --model or --solver are needed, or --resume with a run that knows them"
+            )
         agree = o.strategy_of(strategy)
         _refuse_to_replace(out, overwrite)
         clock = Clock()
@@ -273,33 +324,56 @@ def fit(
         with clock.phase("read"):
             rows = o.rows_of(spark, data)
             labels = kd.labels(rows, target) if target in rows.columns else None
-            net = o.open_model(model, weights, labels=labels, classes=classes, seed=seed, spark=spark)
+            recipe = None
+            if solver is not None:
+                shape = None if input_shape is None else _shape(input_shape)
+                recipe = kd.caffe_recipe(
+                    solver,
+                    labels=labels,
+                    weights=weights,
+                    input_shape=shape,
+                    mean=mean,
+                    seed=seed if "seed" in _given(context) else None,
+                )
+                for note in recipe.notes:
+                    say(note)
+                net = recipe.model
+            else:
+                assert model is not None
+                net = o.open_model(model, weights, labels=labels, classes=classes, seed=seed, spark=spark)
             net = _labelled(net, labels, seed)
             net = net.freeze(until=freeze) if freeze else net
         with clock.phase("train"):
-            net = net.fit(
-                rows,
-                epochs=epochs,
-                batch_size=batch_size,
-                accumulate=accumulate,
-                clip_norm=clip_norm,
-                precision=precision,
-                warmup_steps=warmup_steps,
-                ema_decay=ema_decay,
-                early_stopping=kd.EarlyStopping(patience=patience) if patience is not None else None,
-                max_steps=max_steps,
-                max_seconds=60 * max_minutes if max_minutes is not None else None,
-                optimizer=o.sgd(lr, momentum, weight_decay),
-                strategy=agree,
-                validation=o.rows_of(spark, validation) if validation else None,
-                workers=workers,
-                timeout_s=timeout,
-                seed=seed,
-                run=run,
-                about={"command": {name: value for name, value in context.params.items() if name not in _OF_A_CALL}},
-                target=target,
-                on_error=on_error,
-            )
+            options = {
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "accumulate": accumulate,
+                "clip_norm": clip_norm,
+                "precision": precision,
+                "warmup_steps": warmup_steps,
+                "ema_decay": ema_decay,
+                "early_stopping": kd.EarlyStopping(patience=patience) if patience is not None else None,
+                "max_steps": max_steps,
+                "max_seconds": 60 * max_minutes if max_minutes is not None else None,
+                "optimizer": o.sgd(lr, momentum, weight_decay),
+                "strategy": agree,
+                "validation": o.rows_of(spark, validation) if validation else None,
+                "workers": workers,
+                "timeout_s": timeout,
+                "seed": seed,
+                "run": run,
+                "about": {
+                    "command": {name: value for name, value in context.params.items() if name not in _OF_A_CALL},
+                    "given": sorted(_given(context)),
+                },
+                "target": target,
+                "on_error": on_error,
+            }
+            if recipe is None:
+                net = net.fit(rows, **options)
+            else:
+                recipe, options = _as_solver_says(context, dataclasses.replace(recipe, model=net), options)
+                net = recipe.fit(rows, **options)
         with clock.phase("save"):
             net.save(out, overwrite=overwrite)
         output.result(

@@ -593,7 +593,7 @@ def _imported(source: str, weights: str | Path | None, options: Mapping[str, Any
         from kindling.formats import hub
 
         if hub.prefix_of(source) is not None:
-            return _of(hub.open_named(source, weights, **options))
+            return as_model(hub.open_named(source, weights, **options))
     path = Path(source)
     if not path.exists() or (path / MANIFEST).exists():
         return None
@@ -602,10 +602,11 @@ def _imported(source: str, weights: str | Path | None, options: Mapping[str, Any
         if path.is_file() and weights is None and not options:
             raise FormatError(f"{source} is neither a bundle nor a model that kindling reads ({', '.join(names())}).")
         return None
-    return _of(found)
+    return as_model(found)
 
 
-def _of(found: Imported) -> Model:
+def as_model(found: Imported) -> Model:
+    """What a format's reader found, as a Model."""
     return Model(
         module=found.module,
         signature=found.signature,

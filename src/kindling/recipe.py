@@ -1,0 +1,237 @@
+"""A net together with how it is to be trained: what a solver of Caffe says, as a Model and the options of its `fit`.
+
+The solver and the net are read in `formats/caffe`; here they meet what Spark adds: workers and rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kindling.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from kindling.formats.caffe.losses import Objective
+    from kindling.formats.caffe.optim import CaffeOptimizer, CaffeSchedule
+    from kindling.formats.caffe.solver import Solver
+    from kindling.model import Model
+
+
+@dataclass(frozen=True)
+class SolverOptimizer:
+    """Makes Caffe's optimizer of the parameters, each with its own factors on learning rate and weight decay."""
+
+    solver: Solver
+    multipliers: Mapping[str, tuple[float, float]]
+
+    def __call__(self, named_parameters: Sequence[tuple[str, Tensor]]) -> CaffeOptimizer:
+        return self.solver.optimizer(named_parameters, self.multipliers)
+
+
+@dataclass(frozen=True)
+class SolverSchedule:
+    """Makes Caffe's schedule of an optimizer; to be stepped after every step."""
+
+    solver: Solver
+
+    def __call__(self, optimizer: Optimizer) -> CaffeSchedule:
+        return self.solver.scheduler(optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A model, and how Caffe would train it.
+
+    >>> recipe = caffe_recipe("lenet_solver.prototxt", labels=kd.labels(digits))  # doctest: +SKIP
+    >>> trained = recipe.fit(digits, workers=2)  # doctest: +SKIP
+    """
+
+    model: Model
+    solver: Solver
+    batch_size: int
+    """Rows of one forward pass of Caffe's; `solver.iter_size` of them make a step."""
+    losses: Mapping[str, Any]
+    """By the outputs' names."""
+    loss_weights: Mapping[str, float]
+    multipliers: Mapping[str, tuple[float, float]]
+    """Factors on the learning rate and on the weight decay, by the parameters' names."""
+    mirror: bool
+    notes: tuple[str, ...]
+    """What is done in another way than Caffe does it."""
+
+    def fit(self, df: DataFrame, *, workers: int | None = None, rows: int | None = None, **options: Any) -> Model:
+        """Train the model on Spark as the solver says; returns the trained model.
+
+        Args:
+            df: the training rows, in place of the database that the net names.
+            workers: as `Model.fit` takes them.
+            rows: of `df`; counted if None.
+            options: of `Model.fit`; they count instead of what the solver says.
+        Raises: ConfigError, when the solver's batch cannot be shared by so many workers; as `Model.fit` does.
+        """
+        if workers is None:
+            from kindling.train.slots import slots
+
+            workers = slots(df.sparkSession) or 1
+        rows = df.count() if rows is None else rows
+        return self.model.fit(df, **self.options(rows, workers, **options))
+
+    def options(self, rows: int, workers: int, **given: Any) -> dict[str, Any]:
+        """The options of `Model.fit`.
+
+        Where workers agree in every step, they share Caffe's batch, so that a step is a step of Caffe's whatever their
+        number. Where each goes its own way for some steps, each takes whole batches, as in SparkNet (arXiv:1511.06051).
+        """
+        from kindling.prepare import RandomFlip
+        from kindling.train.policy import Checkpoints
+        from kindling.train.strategies import AllReduce
+
+        solver, strategy = self.solver, given.get("strategy") or AllReduce()
+        share = self.batch_size
+        if isinstance(strategy, AllReduce):
+            if share % workers and "batch_size" not in given:
+                raise ConfigError(
+                    "workers",
+                    workers,
+                    f"cannot share the solver's batches of {share}",
+                    f"Use a number that divides {share}, or give batch_size=, the rows of each worker in a step",
+                )
+            share //= workers
+        share = given.get("batch_size", share)
+        steps = math.ceil(rows / (share * workers * solver.iter_size))
+        said: dict[str, Any] = {
+            "workers": workers,
+            "strategy": strategy,
+            "batch_size": share,
+            "accumulate": solver.iter_size,
+            "optimizer": SolverOptimizer(self._plain_solver(), dict(self.multipliers)),
+            "schedule": SolverSchedule(self._plain_solver()),
+            "schedule_every": "step",
+            "epochs": max(1, math.ceil(solver.max_iterations / max(1, steps))),
+            "max_steps": solver.max_iterations,
+            "loss": dict(self.losses),
+        }
+        if any(weight != 1 for weight in self.loss_weights.values()):
+            said["loss_weights"] = dict(self.loss_weights)
+        if len(self.losses) > 1 or next(iter(self.losses)) != next(iter(self.model.signature.outputs)):
+            target = given.get("target") or "label"
+            given["target"] = dict.fromkeys(self.losses, target) if isinstance(target, str) else target
+        if self.mirror:
+            said["augment"] = [RandomFlip()]
+        if solver.random_seed is not None:
+            said["seed"] = solver.random_seed
+        if solver.snapshot:
+            said["checkpoints"] = Checkpoints(steps=solver.snapshot)
+        if given.get("validation") is not None:
+            said["validate_every"] = said["epochs"]
+            if solver.test_interval:
+                said["validate_every_steps"] = solver.test_interval
+        return {**said, **given}
+
+    def _plain_solver(self) -> Solver:
+        """Without the net and paths: what workers and a run's record need."""
+        return dataclasses.replace(self.solver, net_param=None, path=None)
+
+
+def caffe_recipe(
+    path: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    input_shape: Sequence[int] | None = None,
+    mean: Any = None,
+    seed: int | None = None,
+) -> Recipe:
+    """What a `solver.prototxt` of Caffe trains, and how.
+
+    Args:
+        path: the solver; its net is looked for by the path it names, and beside it.
+        labels: class names in the order of the scores.
+        weights: a `.caffemodel` to begin with; the solver's own if None.
+        input_shape: of one row, (channels, height, width): pictures in a database are as large as they are.
+        mean: the mean file, or a number a channel, where the net names a mean file that is not at hand.
+        seed: of the weights that begin as fillers say; the solver's own if None.
+    Raises: FormatError, ConfigError: what cannot be read, is missing or cannot be trained.
+    """
+    from kindling.formats.caffe.losses import Objective
+    from kindling.formats.caffe.solver import read_solver
+    from kindling.model import as_model
+
+    solver = read_solver(path)
+    if solver.max_iterations < 1:
+        raise ConfigError("path", str(path), "says nothing of max_iter", "Say there how many iterations to train for")
+    chosen: dict[str, Any] = {"input_shape": input_shape, "mean": mean, "labels": labels}
+    seed = solver.random_seed if seed is None else seed
+    beginning = weights or (_beside(solver, solver.weights[0]) if solver.weights else None)
+    found = solver.read_net(**chosen, weights=beginning, seed=seed)
+    training = found.training
+    if training is None or not isinstance(training.loss, Objective):
+        raise ConfigError("path", str(path), "trains a net without a loss layer", "Add one, SoftmaxWithLoss say")
+    if missing := [note for note in found.source.get("preparation", {}).values() if "is not at hand" in note]:
+        raise ConfigError("mean", mean, f"is needed: {missing[0]}", "Put the file beside the net, or give mean=")
+    losses, counts = _losses(training.loss, tuple(found.signature.outputs))
+    notes = []
+    if crop := training.augment.get("crop"):
+        notes.append(f"pictures are cut to their middle {crop} x {crop} pixels; Caffe cuts a new place each time")
+    if len(solver.weights) > 1:
+        notes.append(f"only the first file of weights is read: {solver.weights[0]}")
+    return Recipe(
+        model=as_model(found),
+        solver=solver,
+        batch_size=training.batch_size or 1,
+        losses=losses,
+        loss_weights=counts,
+        multipliers=training.multipliers,
+        mirror=bool(training.augment.get("mirror")),
+        notes=tuple(notes),
+    )
+
+
+def _beside(solver: Solver, name: str) -> Path:
+    folder = solver.path.parent if solver.path is not None else Path()
+    for candidate in (folder / name, folder / Path(name).name):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError("weights", name, "is named by the solver and not there", "Give weights=, the .caffemodel")
+
+
+def _losses(objective: Objective, outputs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Losses and what they count, by output.
+
+    Raises: ConfigError, for losses that are not the mean over rows of one output against one target.
+    """
+    losses: dict[str, Any] = {}
+    counts: dict[str, float] = {}
+    for weight, part, blobs in zip(objective.weights, objective.parts, objective.blobs, strict=True):
+        kind = type(part).__name__
+        if len(blobs) != 2 or blobs[0] not in outputs or blobs[1] not in objective.targets or blobs[0] in losses:
+            raise ConfigError(
+                "loss",
+                f"{kind} of {', '.join(blobs)}",
+                "is not one output against one target",
+                "Train such a net with Model.fit and a loss function of your own",
+            )
+        losses[blobs[0]], counts[blobs[0]] = _mean_loss(part), float(weight)
+    return losses, counts
+
+
+def _mean_loss(part: Any) -> Any:
+    from torch import nn
+
+    from kindling.formats.caffe.losses import SoftmaxLoss
+
+    if getattr(part, "normalization", "VALID") == "NONE":
+        raise ConfigError(
+            "loss", type(part).__name__, "adds rows up (normalization: NONE)", "Use VALID, and another base_lr"
+        )
+    if isinstance(part, SoftmaxLoss) and part.axis == 1 and part.normalization == "VALID":
+        return nn.CrossEntropyLoss(ignore_index=-100 if part.ignore_label is None else part.ignore_label)
+    return part
