@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from kindling.predict.output import provenance
     from kindling.prepare import Preparation
     from kindling.read import labels, split
+    from kindling.recipe import Recipe, caffe_recipe
     from kindling.session import spark
     from kindling.train.callbacks import StopTraining
     from kindling.train.events import Event

@@ -312,10 +312,10 @@ def fit(
         fit(context, **again)
         return
     with command(as_json=as_json) as output:
-        if not data or (model is None) == (solver is None) or out is None:
-            raise typer.BadParameter(
-                "DATA, --out and either --model or --solver are needed, or --resume with a run that knows them"
-            )
+        if not data or (model is None and solver is None) or out is None:
+            raise typer.BadParameter("DATA, --model and --out are needed, or --resume with a run that knows them")
+        if model is not None and solver is not None:
+            raise typer.BadParameter("a solver brings its own net: give --model or --solver, not both")
         agree = o.strategy_of(strategy)
         _refuse_to_replace(out, overwrite)
         clock = Clock()

@@ -24,6 +24,10 @@ ROWS = 16
 """Rows from which on reading the weights takes little of a pass: VGG16's is within 5 % of its speed at 64."""
 
 
+_MOST_WIDENING = 64
+"""Nets that are not looked at: so small inputs that layers would have to be so many times as wide. VGG16's are 21."""
+
+
 class TwoStages(nn.Module):
     """`front` on `rows` rows at a time, `rest` on all of them."""
 
@@ -69,12 +73,15 @@ def in_stages(module: nn.Module, signature: Signature, batch_size: int, ghost: C
     if not isinstance(module, fx.GraphModule) or batch_size == 1:
         return module
     try:
-        whole = _sizes(ghost(), signature, batch_size)
+        rows_in = max(math.prod(int(size) for size in spec.shape[1:]) for spec in signature.inputs.values())
+        if _MOST_WIDENING * rows_in * batch_size <= BATCH_NUMBERS:
+            return module
         single = _sizes(ghost(), signature, 1)
+        widest = _widest(single.values())
+        if widest * batch_size <= BATCH_NUMBERS:
+            return module
+        whole = _sizes(ghost(), signature, batch_size)
     except Exception:  # a net that does not run without numbers runs in one stage
-        return module
-    widest = _widest(single.values())
-    if widest * batch_size <= BATCH_NUMBERS:
         return module
     nodes = list(module.graph.nodes)
     fits = [
