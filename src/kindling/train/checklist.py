@@ -275,11 +275,11 @@ def _real_batch(
     """Rows of the data go forward and back; returns the bytes that one worker will need."""
     import torch
 
-    saved: dict[int, int] = {}
+    saved: dict[int, Any] = {}  # the storages themselves: an address that is free may be given to another tensor
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -287,7 +287,7 @@ def _real_batch(
     count = len(next(iter(rows.values())))
     weights = [*model.module.parameters(), *model.module.buffers()]
     own = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    activations = sum(size for pointer, size in saved.items() if pointer not in own)
+    activations = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
     size = sum(tensor.nbytes for tensor in weights)
     # Weights, gradients, two moments of Adam, and the copy that a checkpoint is written from.
     needed = _WORKER_BYTES + 8 * size + activations * settings.batch_size // count

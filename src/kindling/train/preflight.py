@@ -141,7 +141,8 @@ def rehearse(
                 "very large ones; scaled inputs help most often."
             )
         value.backward()  # type: ignore[no-untyped-call]
-        outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
+        with torch.no_grad():
+            outputs = next(iter(signature.call(copied.eval(), {n: batch[n] for n in signature.inputs}).values()))
     if labels is not None:
         width = outputs.shape[1] if outputs.dim() == 2 else 0
         binary = len(labels) == 2 and outputs.numel() == len(outputs)
