@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kindling as kd
 from kindling.predict import stages
-from kindling.predict.engine import inference_copy, net_batch
+from kindling.predict.engine import Engine, inference_copy, net_batch
 from kindling.predict.stages import TwoStages, in_stages
+from kindling.prepare import ImageStep, Preparation
 from kindling.signature import Signature, TensorSpec
 
 SIGNATURE = Signature({"image": TensorSpec(("N", 3, 32, 32))}, {"y": TensorSpec(("N", 5))})
@@ -87,6 +89,15 @@ def test_what_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_net_that_counts_its_rows_stays_whole() -> None:
     whole, two = staged(MixesRows())
     assert two is whole
+
+
+def test_weights_that_came_in_bf16_run_in_stages_too() -> None:
+    """As they do on workers."""
+    traced = torch.fx.symbolic_trace(Branching()).to(torch.bfloat16)
+    preparation = Preparation((ImageStep("image", size=(32, 32)),))
+    engine = Engine(traced, SIGNATURE, preparation, precision="bf16", batch_size=16)
+    assert isinstance(engine.module, TwoStages)
+    assert engine.run({"image": np.zeros((3, 32, 32, 3), np.uint8)})["y"].shape == (3, 5)
 
 
 def test_photos_come_in_batches_that_are_worth_reading_the_weights_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,13 @@ def _activations(module: nn.Module, signature: Signature) -> list[int]:
 
 
 def _ghost(module: nn.Module) -> nn.Module:
-    """A copy in inference mode whose tensors have shapes and no numbers."""
-    return _copy(module, lambda _part, tensor: torch.empty_like(tensor, device="meta"))
+    """A copy in inference mode whose tensors have shapes and no numbers; in float32 also where weights came in bf16."""
+
+    def shape_of(_part: nn.Module, tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, device="meta", dtype=dtype)
+
+    return _copy(module, shape_of)
 
 
 def inference_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
