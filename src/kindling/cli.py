@@ -313,9 +313,13 @@ def fit(
         return
     with command(as_json=as_json) as output:
         if not data or (model is None and solver is None) or out is None:
-            raise typer.BadParameter("DATA, --model and --out are needed, or --resume with a run that knows them")
+            raise typer.BadParameter(
+                "DATA, --model and --out are needed (or --solver for --model), or --resume with a run that knows them"
+            )
         if model is not None and solver is not None:
             raise typer.BadParameter("a solver brings its own net: give --model or --solver, not both")
+        if solver is None and (input_shape is not None or mean is not None):
+            raise typer.BadParameter("--input-shape and --mean are for the net of a --solver")
         agree = o.strategy_of(strategy)
         _refuse_to_replace(out, overwrite)
         clock = Clock()

@@ -125,8 +125,18 @@ def leftovers(spark: Any, pids: set[int]) -> list[str]:
             if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
                 left.append(f"worker {pid} is stopped")
     local = spark.conf.get("spark.local.dir", None)
-    folders = [Path(local)] if local else []
-    return left + [str(path) for folder in folders for path in folder.rglob("kindling-*-*") if path.is_dir()]
+    if not local:
+        return left
+    # A spool has no name: it takes its room on the disk as long as a process holds it.
+    held = [f"worker {pid} holds {line.split(maxsplit=5)[-1]}" for pid in pids for line in mapped(pid) if local in line]
+    return left + held + [str(path) for path in Path(local).rglob("kindling-*-*") if path.is_dir()]
+
+
+def mapped(pid: int) -> list[str]:
+    """What a process has mapped of files that are gone."""
+    with contextlib.suppress(OSError):
+        return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("(deleted)")]
+    return []
 
 
 def resumed(scene: Scene) -> list[int]:

@@ -8,7 +8,7 @@ the memory of the first layers small and run VGG16 a fifth slower than batches o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ BATCH_NUMBERS = 1 << 24
 STAGE_NUMBERS = 1 << 23
 """The same for each of two stages."""
 ROWS = 16
-"""Rows from which on reading the weights takes little of a pass: VGG16's is within 5 % of its speed at 64."""
+"""Rows from which on reading the weights takes little of a pass: VGG16 takes 28.7 rows a second in batches of 16, 26.9
+in batches of 8, 23.5 in batches of 4, and no more in larger ones (one thread of a Xeon with AMX, bfloat16)."""
 
 
 _MOST_WIDENING = 64
@@ -86,7 +87,7 @@ def in_stages(module: nn.Module, signature: Signature, batch_size: int, ghost: C
     nodes = list(module.graph.nodes)
     fits = [
         at
-        for at in _narrow_places(nodes[:-2])
+        for at in _narrow_places(nodes[:-2])  # behind the last layer nothing would be left to run on all rows
         if whole.get(nodes[at].name) == (batch_size, *single.get(nodes[at].name, ())[1:])
         and single[nodes[at].name][:1] == (1,)
         and _widest(single[node.name] for node in nodes[at:] if node.name in single) * batch_size <= STAGE_NUMBERS
@@ -109,7 +110,7 @@ def _sizes(ghost: nn.Module, signature: Signature, rows: int) -> dict[str, torch
     return seen.shapes
 
 
-def _widest(shapes: Any) -> int:
+def _widest(shapes: Iterable[torch.Size]) -> int:
     return max((math.prod(shape) for shape in shapes), default=0)
 
 

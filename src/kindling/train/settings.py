@@ -160,7 +160,7 @@ class WorkerSpec:
     """
 
     run: str
-    """Of this call alone: spool folders and events carry it."""
+    """Of this call alone: events carry it."""
     name: str
     """The run's name, for people."""
     workers: int

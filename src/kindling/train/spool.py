@@ -366,7 +366,9 @@ class Spool:
                 file = self._files.get((stream, name))
                 if file is None:
                     file = self._files[stream, name] = self._open()
-                file.write(data)
+                left = data
+                while len(left):  # the kernel may take a part: of what is very large, or where the disk is nearly full
+                    left = left[file.write(left) :]
             except OSError as error:
                 raise StorageError(
                     f"rows could not be spooled to {self._folder}: {error}. Free the disk or set SPARK_LOCAL_DIRS."
