@@ -318,6 +318,8 @@ def fit(
             )
         if model is not None and solver is not None:
             raise typer.BadParameter("a solver brings its own net: give --model or --solver, not both")
+        if solver is not None and not Path(solver).is_file():
+            raise typer.BadParameter(f"there is no file {solver}", param_hint="--solver")
         if solver is None and (input_shape is not None or mean is not None):
             raise typer.BadParameter("--input-shape and --mean are for the net of a --solver")
         agree = o.strategy_of(strategy)
