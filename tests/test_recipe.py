@@ -235,6 +235,7 @@ def test_a_solver_without_an_end(tmp_path: Path) -> None:
 def test_on_the_command_line_what_is_given_counts(spark: Any, tmp_path: Path) -> None:
     frame(spark, pictures(40, 6, 1)).write.parquet(str(tmp_path / "rows.parquet"))
     solver = written(tmp_path)
+    solver.write_text(solver.read_text().replace("random_seed: 5", ""))  # the run must find the same weights again
     rows = str(tmp_path / "rows.parquet")
     words = ["fit", rows, "--solver", str(solver), "--input-shape", "1,6,6", "--workers", "2"]
     run = str(tmp_path / "run")

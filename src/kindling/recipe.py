@@ -158,7 +158,8 @@ def caffe_recipe(
         weights: a `.caffemodel` to begin with; the solver's own if None.
         input_shape: of one row, (channels, height, width): pictures in a database are as large as they are.
         mean: the mean file, or a number a channel, where the net names a mean file that is not at hand.
-        seed: of the weights that begin as fillers say; the solver's own if None.
+        seed: of the weights that begin as fillers say; the solver's own if None, and 0 where it has none: the same call
+            gives the same weights, so that a run that was broken off can go on.
     Raises: FormatError, ConfigError: what cannot be read, is missing or cannot be trained.
     """
     from kindling.formats.caffe.losses import Objective
@@ -169,7 +170,7 @@ def caffe_recipe(
     if solver.max_iterations < 1:
         raise ConfigError("path", str(path), "says nothing of max_iter", "Say there how many iterations to train for")
     chosen: dict[str, Any] = {"input_shape": input_shape, "mean": mean, "labels": labels}
-    seed = solver.random_seed if seed is None else seed
+    seed = (solver.random_seed or 0) if seed is None else seed
     beginning = weights or (_beside(solver, solver.weights[0]) if solver.weights else None)
     found = solver.read_net(**chosen, weights=beginning, seed=seed)
     training = found.training
