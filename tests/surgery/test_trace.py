@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import cloudpickle
@@ -240,3 +241,41 @@ def test_a_trace_shares_memory_but_nothing_else() -> None:
 def test_modules_without_shapes_are_refused() -> None:
     with pytest.raises(ModelError, match=r"'0.weight' has no shape yet .* Run one batch"):
         surgery.trace(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_threads_trace_and_run_modules_at_the_same_time() -> None:
+    """fx changes what calling any module means while it traces: other threads, and later calls, do not notice."""
+    call, get = nn.Module.__call__, nn.Module.__getattr__
+    shared = nn.Linear(4, 4)
+    runs = nn.Sequential(shared, nn.ReLU(), nn.Linear(4, 3))
+    x = torch.rand(2, 4)
+    expected = runs(x)
+    deep = nn.Sequential(*(nn.Tanh() for _ in range(30)), shared)
+    over = threading.Event()
+    wrong: list[object] = []
+
+    def run() -> None:
+        while not over.is_set():
+            try:
+                if not torch.equal(runs(x), expected):
+                    wrong.append("another result")
+            except Exception as error:
+                wrong.append(error)
+
+    def follow() -> None:
+        for _ in range(8):
+            net = surgery.trace(deep, 1)
+            if net is None or sum(node.op == "call_module" for node in net.graph.nodes) != 31:
+                wrong.append(net)
+
+    runner = threading.Thread(target=run)
+    tracers = [threading.Thread(target=follow) for _ in range(2)]
+    for thread in [runner, *tracers]:
+        thread.start()
+    for thread in tracers:
+        thread.join()
+    over.set()
+    runner.join()
+    assert not wrong
+    assert nn.Module.__call__ is call
+    assert nn.Module.__getattr__ is get

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -58,9 +59,16 @@ class _Unfit(Exception):
         self.path = path
 
 
+_tracing = threading.RLock()
+"""fx puts its own `__call__` and `__getattr__` on `nn.Module` while it traces: one trace at a time, or they stay."""
+
+
 class _Tracer(fx.Tracer):
+    """Records what its own thread calls; modules that others run meanwhile (trials of a search) run as ever."""
+
     def __init__(self, leaves: frozenset[str]) -> None:
         super().__init__()
+        self.thread = threading.get_ident()
         self.leaves = leaves
         self.path: list[str] = [""]
         self.culprit: str | None = None
@@ -78,6 +86,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.path.append(path)
         try:
@@ -91,6 +101,11 @@ class _Tracer(fx.Tracer):
         if isinstance(result, fx.Proxy) and not self.is_leaf_module(m, path):
             self.ends.setdefault(path, result.node)
         return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def trace(module: nn.Module, inputs: int | None = None) -> Net | None:
@@ -181,7 +196,8 @@ def _trace_with(module: nn.Module, leaves: frozenset[str], inputs: int | None) -
         root.train(training)
         tracer = _Tracer(leaves)
         try:
-            traces.append((tracer, tracer.trace(root)))
+            with _tracing:
+                traces.append((tracer, tracer.trace(root)))
         except Exception:
             raise _Unfit(tracer.culprit or "") from None
     (tracer, graph), (_, calm) = traces
