@@ -48,10 +48,15 @@ $(VENV35)/.stamp: pyproject.toml constraints-spark35.txt
 demo: setup  ## transfer learning on real handwritten digits, offline, under 3 minutes on 2 cores
 	$(PY) -m kindling demo
 
-.PHONY: test test-local test-cluster test-connect
+.PHONY: test test-local test-plain test-spark test-cluster test-connect
 test: test-local test-cluster test-connect  ## the suite: local[2], two executor processes, Spark Connect
-test-local: setup
-	$(PY) $(PYTEST) -m 'not slow'
+test-local: setup  # two processes at a time: what needs Spark waits often, the rest fills the gaps
+	@echo "Tests with and without Spark run side by side; each prints when it ends."
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-plain test-spark
+test-plain: setup
+	$(PY) $(PYTEST) -m 'not spark and not slow'
+test-spark: setup
+	$(PY) $(PYTEST) -m 'spark and not slow' tests
 test-cluster: setup
 	KINDLING_TEST_MASTER='local-cluster[2,1,1024]' $(PY) $(PYTEST) -m 'sessions and not slow' tests
 test-connect: setup

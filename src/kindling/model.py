@@ -290,6 +290,7 @@ class Model:
         warmup_steps: int = 0,
         accumulate: int = 1,
         bucketed: bool = True,
+        shuffle: str = "rows",
         clip_norm: float | None = None,
         clip_value: float | None = None,
         precision: str = "fp32",
@@ -350,6 +351,9 @@ class Model:
                 same memory.
             bucketed: where an input is a sequence (`kindling.prepare.SequenceStep`), take rows of like length in the
                 same steps, for less padding; False: any rows.
+            shuffle: how each epoch draws its order. `"rows"`: any row may come at any time. `"blocks"`: for data larger
+                than memory on disks that seek slowly; rows are sorted on the worker's disk once, and every epoch reads
+                about a megabyte of them at a time, the blocks and the rows within each in drawn order.
             clip_norm: bound on the norm of all gradients together.
             clip_value: bound on the size of each number of a gradient.
             precision: `"bf16"` trains in bfloat16 where torch's autocast does; weights stay float32.
@@ -395,6 +399,7 @@ class Model:
                 seed=seed,
                 accumulate=accumulate,
                 bucketed=bucketed,
+                shuffle=shuffle,
                 clip_norm=clip_norm,
                 clip_value=clip_value,
                 precision=precision,

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kindling.train import order
-from kindling.train.order import VIRTUAL_SHARDS, epoch_order, owner_of, plan_order, shard_of, static_order
+from kindling.train.order import (
+    VIRTUAL_SHARDS,
+    block_numbers,
+    epoch_order,
+    owner_of,
+    plan_order,
+    shard_of,
+    static_order,
+)
 
 FUZZ = int(os.environ.get("KINDLING_FUZZ", "1"))
 """How many times as many random inputs as usual; set by `make test-all`."""
@@ -38,7 +46,9 @@ def test_every_row_has_one_place_and_every_step_has_rows(rows: int, workers: int
         assert plan.rows_TW.sum(axis=1).tolist() == [batch] * (rows // batch) + ([rows % batch] if rows % batch else [])
 
 
-def _global_batches(hashes: np.ndarray, workers: int, batch: int, epoch: int = 3, seed: int = 1) -> list[list[int]]:
+def _global_batches(
+    hashes: np.ndarray, workers: int, batch: int, epoch: int = 3, seed: int = 1, block: int = 0
+) -> list[list[int]]:
     """The rows of every step over all workers, sorted, as each worker finds its own from the shard counts."""
     counts = np.bincount(shard_of(hashes), minlength=VIRTUAL_SHARDS)
     found: list[list[int]] = []
@@ -46,7 +56,7 @@ def _global_batches(hashes: np.ndarray, workers: int, batch: int, epoch: int = 3
         mine = _owned(hashes, workers, rank)
         mine = mine[static_order(mine, lambda row: b"")]
         plan = plan_order(counts, workers, rank, batch)
-        ordered = mine[epoch_order(mine, plan.place_of_own, epoch, seed)]
+        ordered = mine[epoch_order(mine, plan.place_of_own, epoch, seed, block=block)]
         stops = np.cumsum(plan.rows_TW[:, rank])
         found = found or [[] for _ in stops]
         for step, part in zip(found, np.split(ordered, stops[:-1]), strict=True):
@@ -61,13 +71,14 @@ def _global_batches(hashes: np.ndarray, workers: int, batch: int, epoch: int = 3
     workers=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 40]),
     batch=st.integers(1, 130),
     seed=st.integers(0, 5),
+    block=st.sampled_from([0, 0, 1, 2, 5]),
 )
 def test_global_batches_are_the_same_rows_for_every_worker_count(
-    rows: int, workers: int, batch: int, seed: int
+    rows: int, workers: int, batch: int, seed: int, block: int
 ) -> None:
     """Also for counts that do not divide V: a shard has one owner, whoever that is."""
     hashes = _hashes(rows, seed)
-    assert _global_batches(hashes, workers, batch) == _global_batches(hashes, 1, batch)
+    assert _global_batches(hashes, workers, batch, block=block) == _global_batches(hashes, 1, batch, block=block)
 
 
 @pytest.mark.fuzz
@@ -111,6 +122,31 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert sorted(first.tolist()) == list(range(400))
     assert first.tolist() != second.tolist()
     assert first.tolist() != reseeded.tolist()
+
+
+@pytest.mark.parametrize("block", [1, 4, 1000])
+def test_blocks_come_whole_one_after_the_other_in_an_order_of_their_own(block: int) -> None:
+    hashes = _hashes(6000)
+    hashes = hashes[static_order(hashes, lambda row: b"")]
+    shards = shard_of(hashes)
+    counts = np.bincount(shards, minlength=VIRTUAL_SHARDS)
+    plan = plan_order(counts, 1, 0, 64)
+    numbers = block_numbers(shards, block)
+    assert np.bincount(numbers).max() == min(block, counts.max())
+    orders = []
+    for epoch in (1, 2):
+        order = epoch_order(hashes, plan.place_of_own, epoch, 0, block=block)
+        assert sorted(order.tolist()) == list(range(6000))
+        came: list[list[int]] = []
+        for shard in range(VIRTUAL_SHARDS):
+            mine = order[shards[order] == shard]
+            changes = np.flatnonzero(np.diff(numbers[mine], prepend=-1))
+            assert len(changes) == -(-counts[shard] // block), "a block is left only when all its rows have come"
+            came.append(numbers[mine][changes].tolist())
+        orders.append((order.tolist(), came))
+    assert orders[0][0] != orders[1][0], "rows come in another order"
+    if block == 4:
+        assert orders[0][1] != orders[1][1], "and so do blocks"
 
 
 def test_ranking_in_windows_gives_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:

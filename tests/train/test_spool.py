@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from kindling import threads
 from kindling.errors import StorageError
 from kindling.prepare import ArrayStep, Preparation, ValueStep
-from kindling.train.order import owner_of, shard_of
+from kindling.train.order import owner_of, shard_of, static_order
 from kindling.train.spool import (
     HASH,
     TRAIN,
@@ -59,6 +60,42 @@ def test_rows_come_back_as_they_went() -> None:
     assert len(spool.rows(VALIDATION)) == 4
     spool.close()
     np.testing.assert_array_equal(rows.hashes, np.concatenate([hashes for _, hashes in parts]))
+
+
+@pytest.mark.parametrize(("bucket", "most"), [(1 << 20, 256), (64, 256), (64, 3), (1, 2)])
+def test_rows_are_put_in_order_on_disk(bucket: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kindling.train.spool._BUCKET_BYTES", bucket)
+    monkeypatch.setattr("kindling.train.spool._MOST_BUCKETS", most)
+    spool = Spool(SPEC)
+    for seed in range(3):
+        arrays, hashes = _part(70, seed)
+        hashes[5:9] = 7  # told apart by their content
+        spool.add(TRAIN, to_blob([to_batch(arrays, hashes)]), None)
+    came, beats = spool.rows(TRAIN), []
+    order = static_order(came.hashes, came.content_of)
+    rows = spool.in_order(came, lambda: beats.append(1))
+    assert beats
+    np.testing.assert_array_equal(rows.hashes, came.hashes[order])
+    for name in SPEC:
+        np.testing.assert_array_equal(rows.columns[name], came.columns[name][order])
+        assert rows.columns[name].dtype == came.columns[name].dtype
+    rows.will_need(3, 200)
+    rows.will_need(209, 210)
+    assert len(spool.in_order(spool.rows(VALIDATION), lambda: None)) == 0
+
+
+def test_a_full_disk_is_told_while_rows_are_put_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(SPEC)
+    spool.add(TRAIN, to_blob([to_batch(*_part(70, 0))]), None)
+    rows = spool.rows(TRAIN)
+
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Spool, "_open", lambda self: Full())
+    with pytest.raises(StorageError, match=r"could not be spooled to .*No space left on device.*Free the disk"):
+        spool.in_order(rows, lambda: None)
 
 
 def _told(parts: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> object:

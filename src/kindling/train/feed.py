@@ -5,7 +5,7 @@ Which row comes when is decided in `order.py`; where rows lie is `spool.py`'s bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kindling.train.order import VIRTUAL_SHARDS as V
-from kindling.train.order import OrderPlan, epoch_order, shard_of, static_order
+from kindling.train.order import OrderPlan, block_numbers, epoch_order, shard_of, static_order
 
 if TYPE_CHECKING:
     from kindling.train.spool import Rows
@@ -43,11 +43,19 @@ class Slice:
         ]
 
 
-class Feed:
-    """One worker's rows of a stream."""
+BLOCK_BYTES = 1 << 20
+"""Of rows that are read together: as long as a disk takes to seek twice."""
 
-    def __init__(self, rows: Rows) -> None:
+
+class Feed:
+    """One worker's rows of a stream.
+
+    Args: blocks: rows lie in static order (`Spool.in_order`), and an epoch takes them in blocks.
+    """
+
+    def __init__(self, rows: Rows, *, blocks: bool = False) -> None:
         self._rows = rows
+        self._block = max(1, BLOCK_BYTES // max(1, rows.row_bytes)) if blocks else 0
         self._static = static_order(rows.hashes, rows.content_of)
         self._hashes = rows.hashes[self._static]
 
@@ -66,12 +74,29 @@ class Feed:
         Args: length_column: a packed column; rows of about the same number there come into the same steps.
         """
         lengths = None if length_column is None else np.asarray(self._rows.columns[length_column])[self._static]
-        places = epoch_order(self._hashes, plan.place_of_own, epoch, seed, lengths, int(plan.rows_TW.sum()))
+        rows = int(plan.rows_TW.sum())
+        places = epoch_order(self._hashes, plan.place_of_own, epoch, seed, lengths, rows, self._block)
+        ahead = self._reader() if self._block else lambda _: None
         stops = np.cumsum(plan.rows_TW[:, rank])
         starts = stops - plan.rows_TW[:, rank]
         for start, stop in zip(starts[first:], stops[first:], strict=True):
             chosen = places[start:stop]
+            ahead(chosen)
             yield Slice(self._rows.gather(self._static[chosen]), self._hashes[chosen])
+
+    def _reader(self) -> Callable[[np.ndarray], None]:
+        """Called with the rows of each step, it has blocks read when their first row comes."""
+        numbers = block_numbers(shard_of(self._hashes), self._block)
+        edges = np.append(np.flatnonzero(np.diff(numbers, prepend=-1)), len(numbers))
+        read = np.zeros(len(edges) - 1, bool)
+
+        def ahead(chosen: np.ndarray) -> None:
+            for number in np.unique(numbers[chosen]):
+                if not read[number]:
+                    read[number] = True
+                    self._rows.will_need(int(edges[number]), int(edges[number + 1]))
+
+        return ahead
 
     def column(self, name: str) -> np.ndarray:
         """One packed column, in order of arrival."""

@@ -122,6 +122,22 @@ def static_order(hashes: np.ndarray, content_of: Callable[[int], bytes]) -> np.n
     return order
 
 
+def block_numbers(shards: np.ndarray, rows: int) -> np.ndarray:
+    """Each row's block: stretches of so many rows of one shard, numbered through; the last of a shard may be shorter.
+
+    Args:
+        shards: of rows in static order, shape (n,).
+
+    >>> block_numbers(np.array([0, 0, 0, 0, 0, 5, 5]), 2)
+    array([0, 0, 1, 1, 2, 3, 3])
+    """
+    sizes = np.bincount(shards, minlength=VIRTUAL_SHARDS)
+    within = np.arange(len(shards)) - (np.cumsum(sizes) - sizes)[shards]
+    return np.cumsum(within % rows == 0) - 1
+
+
+_BLOCKS = 0xB10C
+"""Tells the draws of blocks from those of rows."""
 _STRATA = 16
 """Classes of length in one window."""
 _WINDOW_OF_SHARD = 256
@@ -168,18 +184,30 @@ def epoch_order(
     seed: int,
     lengths: np.ndarray | None = None,
     rows: int = 0,
+    block: int = 0,
 ) -> np.ndarray:
     """This worker's rows of one epoch in global order, as positions in `static_order`.
+
+    In blocks, a shard's rows come block after block, in an order drawn for the epoch, and in drawn order within each:
+    what lies together on disk is read together (Xu et al., 2022, "CorgiPile", arXiv:2206.05830). What a block holds is
+    decided by the rows' hashes, so it is a sample of the data, and the global batches depend on no number of workers.
 
     Args:
         hashes: in static order, shape (n,), uint64.
         place_of_own: from `OrderPlan`.
         lengths: of the rows, to bring those of like length together (`by_length`); shape (n,).
         rows: over all workers.
+        block: rows of a block; 0: every row of the shard comes when it likes.
     Returns: shape (n,), int64; the first `rows_TW[0, rank]` of them are the rows of step 0, and so on.
     """
     shards = shard_of(hashes)
-    shuffled = np.lexsort((mix(hashes, seed, epoch), shards))  # lexsort is stable: equal hashes keep their order
+    draws = mix(hashes, seed, epoch)
+    keys = [draws, shards]  # lexsort is stable: equal hashes keep their order
+    if block:
+        numbers = block_numbers(shards, block)
+        first = hashes[np.searchsorted(numbers, numbers)]  # the same whichever shards this worker owns
+        keys.insert(1, mix(first, seed, epoch, _BLOCKS))
+    shuffled = np.lexsort(keys)
     if lengths is not None:
         shuffled = by_length(shuffled, shards, lengths, rows, epoch, seed)
     return shuffled[np.argsort(place_of_own)]

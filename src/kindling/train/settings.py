@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ON_ERROR = ("fail", "drop")
 PRECISIONS = ("fp32", "bf16")
+SHUFFLES = ("rows", "blocks")
 SCHEDULE_EVERY = ("epoch", "step")
 SHORTEST_TIMEOUT_S = 2.0
 """Workers are heard every second."""
@@ -83,6 +84,8 @@ class LoopSettings:
     """Largest size of each number of a gradient; larger ones are cut to it (before `clip_norm`)."""
     bucketed: bool = True
     """Where an input is a sequence, rows of like length come into the same steps, so that there is less padding."""
+    shuffle: str = "rows"
+    """`"blocks"`: rows are put in order on the worker's disk, and an epoch takes a megabyte of them at a time."""
     precision: str = "fp32"
     """`"bf16"`: matrix products and convolutions run in bfloat16 (torch's autocast); weights stay float32."""
     schedule_every: str = "epoch"
@@ -122,6 +125,8 @@ class LoopSettings:
             raise ConfigError("max_seconds", self.max_seconds, "leaves no time to train", "Use a number above 0")
         if self.precision not in PRECISIONS:
             raise ConfigError("precision", self.precision, "is none to train in", f"Use one of {PRECISIONS}")
+        if self.shuffle not in SHUFFLES:
+            raise ConfigError("shuffle", self.shuffle, "is no way to shuffle", f"Use one of {SHUFFLES}")
         if self.schedule_every not in SCHEDULE_EVERY:
             raise ConfigError(
                 "schedule_every", self.schedule_every, "is no time to move on", f"Use one of {SCHEDULE_EVERY}"

@@ -7,7 +7,9 @@ torch is imported inside functions: thread settings must stand first.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from kindling.errors import DataError, KindlingError, StorageError, to_wire
-from kindling.train.order import mix, owner_of, shard_of
+from kindling.train.order import mix, owner_of, shard_of, static_order
 
 if TYPE_CHECKING:
     from kindling.ship import ModuleSpec
@@ -34,6 +36,9 @@ _STREAMS = {TRAIN: "training data", VALIDATION: "validation data"}
 _FLUSH_BYTES = 32 << 20
 _EXAMPLES = 5
 _PART_BYTES = 64 << 10
+_BUCKET_BYTES = 128 << 20
+_MOST_BUCKETS = 256
+"""Files that are open at the same time."""
 
 PackedSpec = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -303,9 +308,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.hashes)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all columns."""
+        return sum(column.itemsize * int(np.prod(column.shape[1:], dtype=np.int64)) for column in self.columns.values())
+
     def content_of(self, row: int) -> bytes:
         """The packed bytes of one row."""
         return b"".join(column[row].tobytes() for _, column in sorted(self.columns.items()))
+
+    def will_need(self, first: int, last: int) -> None:
+        """Let the kernel read rows from the first up to before the last, in one go."""
+        for column in self.columns.values():
+            memory = getattr(column, "_mmap", None)
+            if memory is not None:
+                row = column.nbytes // len(column)
+                start = first * row // mmap.PAGESIZE * mmap.PAGESIZE
+                memory.madvise(mmap.MADV_WILLNEED, start, last * row - start)
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Copies of some rows, in memory that torch allocated: bits may depend on alignment, and torch's is fixed."""
@@ -328,6 +347,14 @@ def told(rows: Rows, tell: Callable[[], None]) -> Rows:
             return super().gather(rows)
 
     return Told(rows.hashes, rows.columns)
+
+
+def _write_all(file: Any, data: Any) -> None:
+    left = memoryview(data)
+    if left.nbytes:
+        left = left.cast("B")
+    while len(left):  # the kernel may take a part: of what is very large, or where the disk is nearly full
+        left = left[file.write(left) :]
 
 
 class Spool:
@@ -362,25 +389,28 @@ class Spool:
             column = batch.column(name)
             width = column.type.byte_width
             data = memoryview(column.buffers()[1])[column.offset * width : (column.offset + len(column)) * width]
-            try:
+            with self._telling():
                 file = self._files.get((stream, name))
                 if file is None:
                     file = self._files[stream, name] = self._open()
-                left = data
-                while len(left):  # the kernel may take a part: of what is very large, or where the disk is nearly full
-                    left = left[file.write(left) :]
-            except OSError as error:
-                raise StorageError(
-                    f"rows could not be spooled to {self._folder}: {error}. Free the disk or set SPARK_LOCAL_DIRS."
-                ) from error
+                _write_all(file, data)
             self.bytes += len(data)
 
     def _open(self) -> Any:
         os.makedirs(self._folder, exist_ok=True)
         return tempfile.TemporaryFile(dir=self._folder, buffering=0)
 
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"rows could not be spooled to {self._folder}: {error}. Free the disk or set SPARK_LOCAL_DIRS."
+            ) from error
+
     def rows(self, stream: int) -> Rows:
-        """All rows of a stream, memory-mapped. Call after the last `add`."""
+        """All rows of a stream, memory-mapped, as they came. Call after the last `add`."""
         hashes = np.concatenate([np.empty(0, np.uint64), *self._hashes[stream]])
         columns: dict[str, np.ndarray] = {}
         for name, (dtype, shape) in self._spec.items():
@@ -390,6 +420,53 @@ class Spool:
             if file is not None:
                 file.close()  # the mapping keeps it
         return Rows(hashes, columns)
+
+    def in_order(self, rows: Rows, beat: Callable[[], None]) -> Rows:
+        """The same rows in static order (`order.static_order`) on disk, for blocks to be read in one go.
+
+        They are read and written twice, in long stretches: a disk that must seek does so rarely. So first they go into
+        buckets of rows that belong together, then each bucket is put in order.
+
+        Args: beat: called now and then.
+        Raises: StorageError, when the local disk is full.
+        """
+        order = static_order(rows.hashes, rows.content_of)
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        columns = {}
+        for name, column in rows.columns.items():
+            with self._telling():
+                columns[name] = self._ordered(column, place, beat) if len(order) else column
+        return Rows(rows.hashes[order], columns)
+
+    def _ordered(self, column: np.ndarray, place: np.ndarray, beat: Callable[[], None]) -> np.ndarray:
+        """A memory-mapped copy of a column whose row r stands at `place[r]`."""
+        row_bytes = max(1, column.nbytes // len(column))
+        count = min(_MOST_BUCKETS, -(-column.nbytes // _BUCKET_BYTES), len(column)) or 1
+        per_bucket = -(-len(column) // count)
+        with contextlib.ExitStack() as stack:
+            buckets = [stack.enter_context(self._open()) for _ in range(count)]
+            arrived: list[list[np.ndarray]] = [[] for _ in buckets]
+            stretch = max(1, _BUCKET_BYTES // 2 // row_bytes)
+            for start in range(0, len(column), stretch):
+                beat()
+                places = place[start : start + stretch]
+                by_bucket = np.argsort(places // per_bucket, kind="stable")
+                rows = np.take(column[start : start + stretch], by_bucket, axis=0)
+                stops = np.cumsum(np.bincount(places // per_bucket, minlength=count))[:-1]
+                for number, (part, mine) in enumerate(
+                    zip(np.split(rows, stops), np.split(places[by_bucket], stops), strict=True)
+                ):
+                    _write_all(buckets[number], part)
+                    arrived[number].append(mine)
+            with self._open() as file:
+                for bucket, places_of in zip(buckets, arrived, strict=True):
+                    beat()
+                    places = np.concatenate(places_of)
+                    if len(places):
+                        there = np.memmap(bucket, column.dtype, "r", shape=(len(places), *column.shape[1:]))
+                        _write_all(file, np.take(there, np.argsort(places), axis=0))
+                return np.memmap(file, column.dtype, "r", shape=column.shape)
 
     def close(self) -> None:
         """Let go of files no rows were asked of."""

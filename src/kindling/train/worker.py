@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kindling.train.events import EventLog
     from kindling.train.restore import Start
     from kindling.train.settings import UserCode
+    from kindling.train.spool import Rows
     from kindling.train.strategies import Replica
     from kindling.train.writer import Writer
 
@@ -95,7 +96,7 @@ class _Worker:
         self.met = False
 
     def run(self, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, int, bytes]]:
-        from kindling.train.spool import Spool
+        from kindling.train.spool import TRAIN, VALIDATION, Spool
 
         meeting: Meeting | None = None
         spool: Spool | None = None
@@ -115,8 +116,11 @@ class _Worker:
                 for row in range(batch.num_rows):
                     spool.add(streams[row].as_py(), blobs[row].as_buffer(), notes[row].as_py())
                     meeting.beat()
+            rows = [spool.rows(stream) for stream in (TRAIN, VALIDATION)]
+            if self.spec.loop.shuffle == "blocks":
+                rows = [spool.in_order(one, meeting.beat) for one in rows]
             self.log.emit("spooled", seconds=time.perf_counter() - began, bytes=spool.bytes)
-            yield from self._train(spool, meeting)
+            yield from self._train(rows, spool.notes, meeting)
         except ClosedError:
             pass  # all have finished, and one of them was lost on its way out: the driver has everything already
         except KindlingError as error:
@@ -151,15 +155,17 @@ class _Worker:
             raise RuntimeError(wire)
         yield "error", 0, wire.encode()
 
-    def _train(self, spool: Any, meeting: Meeting) -> Iterator[tuple[str, int, bytes]]:
+    def _train(
+        self, rows: list[Rows], notes: list[dict[str, Any]], meeting: Meeting
+    ) -> Iterator[tuple[str, int, bytes]]:
         import torch.distributed as dist
 
         from kindling.train.feed import Feed
-        from kindling.train.spool import TRAIN, VALIDATION, told
+        from kindling.train.spool import told
         from kindling.train.strategies import Comms, GroupComms, SharedMemoryComms, SoloComms
 
         spec = self.spec
-        feed, validation = (Feed(told(spool.rows(stream), meeting.beat)) for stream in (TRAIN, VALIDATION))
+        feed, validation = (Feed(told(one, meeting.beat), blocks=spec.loop.shuffle == "blocks") for one in rows)
         place = _visible(spec)
         if place is None and spec.listener is not None and spec.run_directory is not None:
             from kindling.train.remote import RemotePlace
@@ -168,7 +174,7 @@ class _Worker:
             if spec.directory_asked:
                 text = f"{spec.run_directory} is not seen from here: what is kept there goes through the driver."
                 self.log.emit("warning", text=text)
-        store, plan = self._meet(meeting, spool, feed, validation, place)
+        store, plan = self._meet(meeting, notes, feed, validation, place)
         self.log.attempt = plan.attempt
         meeting.enter(TRAINING)
         self.log.emit("met", host=plan.host, attempt=plan.attempt, rows=len(feed), device=plan.device)
@@ -229,7 +235,9 @@ class _Worker:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
 
-    def _meet(self, meeting: Meeting, spool: Any, feed: Any, validation: Any, place: Place | None) -> tuple[Any, _Plan]:
+    def _meet(
+        self, meeting: Meeting, notes: list[dict[str, Any]], feed: Any, validation: Any, place: Place | None
+    ) -> tuple[Any, _Plan]:
         """The one meeting: addresses, counts, and whether anybody has bad news."""
         from kindling.train.strategies.shared_memory import host_token
 
@@ -247,7 +255,7 @@ class _Worker:
             "port": port,
             "counts": feed.counts().tolist(),
             "validation": len(validation),
-            "notes": spool.notes,
+            "notes": notes,
             "classes": _classes_seen(feed, self.spec) if self.spec.classes else [],
             "sees": place is not None,
             "attempt": attempt,
