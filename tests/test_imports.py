@@ -24,6 +24,7 @@ NO_SPARK = (
     "signature",
     "threads",
     "evaluate",
+    "many_labels",
     "graph",
     "picture",
     "surgery",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -155,12 +155,12 @@ class Tally:
             loss_rows: each row's loss, shape (N,), or None. See `loss_rows`.
         Raises: DataError, for shapes that do not fit and classes out of range.
         """
-        scores, truth = _numpy(outputs), _numpy(targets)
+        scores, truth = as_numpy(outputs), as_numpy(targets)
         if truth.ndim == 0 or scores.ndim == 0 or len(truth) != len(scores):
             raise DataError(
                 f"outputs of shape {scores.shape} and targets of shape {truth.shape} do not have the same rows."
             )
-        losses = None if loss_rows is None else _numpy(loss_rows)
+        losses = None if loss_rows is None else as_numpy(loss_rows)
         if losses is not None and losses.shape != (len(scores),):
             raise DataError(f"loss_rows has shape {losses.shape}, not one loss for each of {len(scores)} rows.")
         if self.classes is None:
@@ -239,6 +239,13 @@ class Tally:
         self.nan_rows += other.nan_rows
         for name in ("loss", "absolute", "squared"):
             getattr(self, name).merge(getattr(other, name))
+
+    def absorb(self, vector: Any) -> None:
+        """Add what the tally counted whose `to_vector` this is.
+
+        Raises: DataError, when it is not that of a tally of so many classes.
+        """
+        self.merge(Tally.from_vector(self.classes, vector))
 
     def to_vector(self) -> np.ndarray:
         """The whole state as one int64 vector, equal for equal states; its length grows with the pairs seen."""
@@ -470,13 +477,7 @@ class Report:
                     else ""
                 )
             )
-        if self.nan_rows:
-            lines.append(f"  {self.nan_rows:,} rows have scores that are not numbers")
-        if self.skipped_rows:
-            lines.append(f"  {self.skipped_rows:,} rows could not be used:")
-            lines += [f"    {key}: {why}" for key, why in self.skipped[:TOP]]
-            if self.skipped_rows > min(TOP, len(self.skipped)):
-                lines.append(f"    ... and {self.skipped_rows - min(TOP, len(self.skipped)):,} more")
+        lines += self._what_is_wrong()
         if self.labels and self.rows:
             wrong = self.listing(limit=20, mistakes=True)
             kinds = int((self.pairs[:, 0] != self.pairs[:, 1]).sum())
@@ -488,16 +489,28 @@ class Report:
                 )
         return "\n".join(lines)
 
+    def _what_is_wrong(self) -> list[str]:
+        """Lines about rows that could not be used."""
+        lines = []
+        if self.nan_rows:
+            lines.append(f"  {self.nan_rows:,} rows have scores that are not numbers")
+        if self.skipped_rows:
+            lines.append(f"  {self.skipped_rows:,} rows could not be used:")
+            lines += [f"    {key}: {why}" for key, why in self.skipped[:TOP]]
+            if self.skipped_rows > min(TOP, len(self.skipped)):
+                lines.append(f"    ... and {self.skipped_rows - min(TOP, len(self.skipped)):,} more")
+        return lines
+
     def __repr__(self) -> str:
         what = f"accuracy={self.accuracy:.4f}" if self.labels else f"mean_squared_error={self.mean_squared_error}"
         return f"Report(rows={self.rows}, loss={self.loss}, {what})"
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values; numbers that JSON lacks become the texts "NaN", "Infinity", "-Infinity"."""
-        data: dict[str, Any] = {"rows": self.rows, "loss": _json_number(self.loss)}
+        data: dict[str, Any] = {"rows": self.rows, "loss": json_number(self.loss)}
         if self.labels:
             for name in ("accuracy", "precision", "recall", "f1", "top5"):
-                data[name] = _json_number(getattr(self, name))
+                data[name] = json_number(getattr(self, name))
             data["labels"] = list(self.labels)
             data["macro_over"] = len(self.occurring)
             data["classes"] = [
@@ -506,8 +519,8 @@ class Report:
             ]
             data["confusion"] = {"columns": ["true", "predicted", "rows"], "pairs": self.pairs.tolist()}
         else:
-            data["mean_absolute_error"] = _json_number(self.mean_absolute_error)
-            data["mean_squared_error"] = _json_number(self.mean_squared_error)
+            data["mean_absolute_error"] = json_number(self.mean_absolute_error)
+            data["mean_squared_error"] = json_number(self.mean_squared_error)
         data["nan_rows"] = self.nan_rows
         data["skipped_rows"] = self.skipped_rows
         data["skipped"] = [{"row": key, "why": why} for key, why in self.skipped]
@@ -622,7 +635,7 @@ def _unreduced(loss: Callable[..., Any]) -> tuple[Callable[..., Any] | None, obj
     return unreduced, parameter.default
 
 
-def _numpy(values: Any) -> np.ndarray:
+def as_numpy(values: Any) -> np.ndarray:
     """A tensor of any dtype and device, or anything array-like, as an array."""
     if hasattr(values, "detach"):
         tensor = values.detach().cpu()
@@ -642,7 +655,8 @@ def _add_pairs(
     return both, total
 
 
-def _json_number(value: float | None) -> float | str | None:
+def json_number(value: float | None) -> float | str | None:
+    """A number as JSON has it: those that it lacks as texts."""
     if value is None or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -715,11 +729,3 @@ def _name_axes(axes: Axes, report: Report, inches: float) -> None:
 
 def _short(label: str) -> str:
     return label if len(label) <= 24 else label[:23] + "…"
-
-
-def merge_all(classes: int | None, vectors: Sequence[Any] | Mapping[Any, Any]) -> Tally:
-    """One tally of many vectors, in any order."""
-    tally = Tally(classes)
-    for vector in vectors.values() if isinstance(vectors, Mapping) else vectors:
-        tally.merge(Tally.from_vector(classes, vector))
-    return tally

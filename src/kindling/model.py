@@ -262,7 +262,11 @@ class Model:
         return batch.predict(self, rows, **options)
 
     def evaluate(self, df: DataFrame, **options: Any) -> Report:
-        """Loss, accuracy, precision, recall, F1, top-5 and the confusion matrix, exact under any partitioning."""
+        """Loss, accuracy, precision, recall, F1, top-5 and the confusion matrix, exact under any partitioning.
+
+        Of a net with several outputs the first that has a target is looked at, or `output="name"`. Where rows have any
+        number of labels the figures are those of `kindling.many_labels.LabelReport`.
+        """
         from kindling.predict import batch
 
         return batch.evaluate(self, df, **options)

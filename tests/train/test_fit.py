@@ -24,6 +24,7 @@ from torch import nn
 
 import kindling as kd
 from kindling.errors import ConfigError, DataError, ModelError, TrainingError
+from kindling.many_labels import LabelReport
 from kindling.train.fit import murmur3_of_long, route_keys
 
 from train_runs import SGD, blobs, digest, fit, frame, net  # isort: skip
@@ -602,7 +603,20 @@ def test_several_outputs_many_labels_and_weights_of_rows(spark: Any) -> None:
     assert figures["size.mean_absolute_error"] < 0.5
     assert 1 < figures["tags_said"] < 2
     assert [step.column for step in trained.preparation.targets] == ["tags", "size"]
-    assert trained.evaluate(df).loss == pytest.approx(figures["tags.loss"], rel=0.2)
+    checked = df.where("importance > 0")
+    report, sizes = trained.evaluate(checked), trained.evaluate(checked, output="size")
+    assert isinstance(report, LabelReport)
+    for name in ("rows", "accuracy", "label_accuracy", "precision", "recall", "f1", "micro_f1"):
+        assert getattr(report, name) == figures[name], name
+    assert report.loss == pytest.approx(figures["tags.loss"])
+    assert (report.labels, len(report.per_class)) == (("a", "b", "c"), 3)
+    assert sizes.loss == pytest.approx(figures["size.loss"])
+    assert sizes.mean_absolute_error == pytest.approx(figures["size.mean_absolute_error"])
+    with pytest.raises(ConfigError, match="'sise' is no output with a target"):
+        trained.evaluate(checked, output="sise")
+    only = fit(model, checked, target={"size": "size"}, epochs=1)  # the second output alone
+    assert only.labels == model.labels
+    assert only.evaluate(checked).mean_squared_error == pytest.approx(only.evaluate(checked, output="size").loss)
     again = fit(
         trained, df, epochs=1, weight_column="importance", optimizer=partial(torch.optim.Adam, lr=0.01)
     )  # it knows its targets

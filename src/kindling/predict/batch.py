@@ -24,14 +24,15 @@ import pyarrow as pa
 
 from kindling import ship
 from kindling.errors import ConfigError, DataError, did_you_mean
-from kindling.prepare import LabelStep, ManyLabelsStep, Preparation
+from kindling.prepare import LabelStep, ManyLabelsStep, Preparation, Step
 from kindling.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.types import StructType
 
-    from kindling.evaluate import Report
+    from kindling.evaluate import Report, Tally
+    from kindling.many_labels import LabelTally
     from kindling.model import Model
     from kindling.predict.engine import Engine, Precision
 
@@ -206,20 +207,36 @@ def finish_top_k(labels: tuple[str, ...], k: int, job: Job, blocks: Iterator[Blo
     return map(best, _gathered(blocks))
 
 
-def finish_tally(classes: int | None, loss: bytes, job: Job, blocks: Iterator[Block]) -> Iterator[pa.RecordBatch]:
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """An output and the target that it is held against."""
+
+    output: str
+    target: Step
+
+    def tally(self) -> Tally | LabelTally:
+        """A new one of the target's kind: classes, any number of labels, or numbers."""
+        from kindling.evaluate import Tally
+        from kindling.many_labels import LabelTally
+
+        if isinstance(self.target, ManyLabelsStep):
+            return LabelTally(len(self.target.labels))
+        return Tally(len(self.target.labels) if isinstance(self.target, LabelStep) else None)
+
+
+def finish_tally(compared: Compared, loss: bytes, job: Job, blocks: Iterator[Block]) -> Iterator[pa.RecordBatch]:
     """One row for the whole task: its tally, how many rows were skipped, and the first of them by name."""
     import cloudpickle
     import torch
 
-    from kindling.evaluate import Tally, loss_rows
+    from kindling.evaluate import loss_rows
 
     measure = cloudpickle.loads(loss)
-    tally, skipped = Tally(classes), _Skipped()
-    output = next(iter(job.signature.outputs))
-    (step, *_) = job.preparation.targets
+    tally, skipped = compared.tally(), _Skipped()
+    output = compared.output
     for block in blocks:
         if len(block.results[output]):
-            outputs, targets = torch.from_numpy(block.results[output]), step.batch(block.targets)
+            outputs, targets = torch.from_numpy(block.results[output]), compared.target.batch(block.targets)
             tally.update(outputs, targets, loss_rows(measure, outputs, targets).double())
         if block.errors:
             kept = pa.Table.from_batches(block.kept)
@@ -229,14 +246,12 @@ def finish_tally(classes: int | None, loss: bytes, job: Job, blocks: Iterator[Bl
     yield _tally_row(tally, skipped)
 
 
-def merge_tallies(classes: int | None, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def merge_tallies(compared: Compared, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Many tallies as one."""
-    from kindling.evaluate import Tally
-
-    total, skipped = Tally(classes), _Skipped()
+    total, skipped = compared.tally(), _Skipped()
     for batch in batches:
         for row in batch.to_pylist():
-            total.merge(Tally.from_vector(classes, np.frombuffer(zlib.decompress(row["tally"]), np.int64)))
+            total.absorb(np.frombuffer(zlib.decompress(row["tally"]), np.int64))
             skipped.merge(row["skipped_rows"], json.loads(row["skipped"]))
     yield _tally_row(total, skipped)
 
@@ -585,6 +600,7 @@ def evaluate(
     model: Model,
     df: DataFrame,
     *,
+    output: str | None = None,
     loss: Callable[..., Any] | None = None,
     batch_size: int | None = None,
     precision: str = "fp32",
@@ -594,12 +610,15 @@ def evaluate(
 
     Args:
         df: the columns that the model reads, and the target's.
-        loss: any torch loss; None: cross entropy for labels, mean squared error for numbers.
+        output: of a net with several outputs, the one to look at; the first that has a target if None.
+        loss: any torch loss; None: cross entropy for classes, binary cross entropy for any number of labels, mean
+            squared error for numbers.
         precision: `"fp32"`; `"auto"` takes bfloat16 where it is close enough.
         on_error: `"drop"` leaves broken rows out of the figures, counts and lists them (`report.skipped`); `"fail"`
             raises.
+    Returns: a `Report`; a `kindling.many_labels.LabelReport` where a row has any number of labels.
     Raises: DataError, for missing columns, no usable rows, and broken rows with `on_error="fail"`; ConfigError, for a
-        model without a target.
+        model without a target and an output without one.
     """
     if on_error == "keep":
         on_error = "drop"  # a row that cannot be compared with its target has no other place than the list
@@ -607,10 +626,9 @@ def evaluate(
         raise ConfigError("model", model.name, "has no target to be compared with", "Give it labels, or fit it first")
     from kindling.predict.engine import check_classifier
 
-    (step, *_) = model.preparation.targets
-    classes = None
-    if isinstance(step, LabelStep):
-        classes = len(step.labels)
+    compared = _compared(model, output)
+    step = compared.target
+    if isinstance(step, LabelStep) and compared.output == next(iter(model.signature.outputs)):
         check_classifier(replace(model, labels=step.labels))
     if isinstance(step, ManyLabelsStep) and loss is None:
         from torch.nn import BCEWithLogitsLoss
@@ -629,23 +647,31 @@ def evaluate(
         named_by=named_by,
         on_error=on_error,
         targets=True,
-        finish=partial(finish_tally, classes, ship.pickled(loss, "loss")),
+        finish=partial(finish_tally, compared, ship.pickled(loss, "loss")),
     )
     tallies = _selected(job, df).mapInArrow(ship.guard(partial(run_job, job)), TALLY_SCHEMA)
-    whole = tallies.repartition(1).mapInArrow(ship.guard(partial(merge_tallies, classes)), TALLY_SCHEMA)
+    whole = tallies.repartition(1).mapInArrow(ship.guard(partial(merge_tallies, compared)), TALLY_SCHEMA)
     with ship.translated(), ship.bounded_arrow_batches(spark):
         rows = whole.collect()
-    from kindling.evaluate import Tally
-
-    total, skipped = Tally(classes), _Skipped()
+    total, skipped = compared.tally(), _Skipped()
     for row in rows:
-        total.merge(Tally.from_vector(classes, np.frombuffer(zlib.decompress(bytes(row["tally"])), np.int64)))
+        total.absorb(np.frombuffer(zlib.decompress(bytes(row["tally"])), np.int64))
         skipped.merge(row["skipped_rows"], json.loads(row["skipped"]))
     if not total.rows:
         why = f": all {skipped.rows} are broken, the first: {': '.join(skipped.first[0])}" if skipped.rows else ""
         raise DataError(f"there is no row to evaluate on{why}.")
-    labels = step.labels if isinstance(step, LabelStep) else None
+    labels = step.labels if isinstance(step, LabelStep | ManyLabelsStep) else None
     return total.report(labels, skipped=skipped.first, skipped_rows=skipped.rows)
+
+
+def _compared(model: Model, output: str | None) -> Compared:
+    """What is held against what."""
+    by_output = model.preparation.by_output(list(model.signature.outputs))
+    chosen = next(iter(by_output)) if output is None else output
+    if chosen not in by_output:
+        known = did_you_mean(chosen, by_output)
+        raise ConfigError("output", chosen, f"is no output with a target.{known}", "Name one of them")
+    return Compared(chosen, by_output[chosen])
 
 
 def _mapped(

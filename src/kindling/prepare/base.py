@@ -107,6 +107,19 @@ class Preparation:
     def steps(self) -> tuple[Step, ...]:
         return self.inputs + self.targets
 
+    def by_output(self, outputs: Sequence[str]) -> dict[str, Step]:
+        """Target of each output that has one; a target named `"target OUTPUT"` is that output's, others the first's.
+
+        >>> from kindling.prepare import LabelStep, ValueStep
+        >>> size, kind = ValueStep("target size", "size"), LabelStep("target", "label", ("a", "b"))
+        >>> [list(Preparation((), (step,)).by_output(["kind", "size"])) for step in (size, kind)]
+        [['size'], ['kind']]
+        """
+        return {
+            step.name.removeprefix("target ") if step.name.startswith("target ") else outputs[0]: step
+            for step in self.targets
+        }
+
     def columns(self, *, targets: bool) -> list[str]:
         """DataFrame columns read, in order, without repeats."""
         return list(dict.fromkeys(step.column for step in (self.steps if targets else self.inputs)))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from kindling.errors import ConfigError, TrainingError
-from kindling.evaluate import ExactSum, Tally, merge_all
+from kindling.evaluate import ExactSum, Tally
+from kindling.many_labels import LabelReport, LabelTally
 from kindling.prepare import LabelStep, Step
 from kindling.prepare.columns import ManyLabelsStep
 from kindling.train.objective import Objective
@@ -67,11 +68,11 @@ class Figures:
     ) -> None:
         self._objective = objective
         steps = {step.name: step for step in targets}
-        self._tallies: list[Tally | _LabelCounts] = []
+        self._tallies: list[Tally | LabelTally] = []
         for place, term in enumerate(objective.terms):
             step = steps[term.target]
             if isinstance(step, ManyLabelsStep):
-                self._tallies.append(_LabelCounts(len(step.labels)))
+                self._tallies.append(LabelTally(len(step.labels)))
             elif place == 0:
                 self._tallies.append(Tally(classes))
             else:
@@ -115,58 +116,19 @@ class Figures:
         return figures
 
 
-def _figures_of(tally: Tally | _LabelCounts, vectors: Sequence[np.ndarray]) -> dict[str, Any]:
-    if isinstance(tally, _LabelCounts):
-        return _LabelCounts.figures(vectors)
-    report = merge_all(tally.classes, vectors).report()
-    found: dict[str, Any] = {"rows": report.rows, "loss": report.loss}
-    if tally.classes is None:
-        return found | {
-            "mean_absolute_error": report.mean_absolute_error,
-            "mean_squared_error": report.mean_squared_error,
-        }
-    names = ("accuracy", "top5", "precision", "recall", "f1")
-    return found | {name: getattr(report, name) for name in names}
-
-
-class _LabelCounts:
-    """Rows with any number of labels: for each label how often it was rightly and wrongly said, and missed."""
-
-    def __init__(self, labels: int) -> None:
-        self.counts = np.zeros((3, labels), np.int64)
-        self.rows = self.exact = 0
-        self.loss = ExactSum()
-
-    def update(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
-        """Args: outputs: logits, (N, labels); a label is said where its logit is above 0."""
-        said, true = (outputs.float() > 0).cpu().numpy(), (targets > 0.5).cpu().numpy()
-        self.counts += np.stack([(said & true).sum(0), (said & ~true).sum(0), (~said & true).sum(0)])
-        self.rows += len(said)
-        self.exact += int((said == true).all(1).sum())
-        self.loss.add(losses.numpy())
-
-    def to_vector(self) -> np.ndarray:
-        return np.concatenate([[self.rows, self.exact], self.loss.to_ints(), self.counts.reshape(-1)]).astype(np.int64)
-
-    @staticmethod
-    def figures(vectors: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Micro and macro F1, the share of rows with all labels right (`accuracy`), of single answers right."""
-        loss, size = ExactSum(), len(ExactSum().to_ints())
-        for vector in vectors:
-            loss.merge(ExactSum.from_ints(vector[2 : 2 + size].tolist()))
-        whole = np.sum([np.concatenate([vector[:2], vector[2 + size :]]) for vector in vectors], axis=0)
-        rows, exact, (hit, wrong, missed) = int(whole[0]), int(whole[1]), whole[2:].reshape(3, -1)
-        both = 2 * hit + wrong + missed
-        seen = both > 0
-        answers = rows * len(hit)
-        return {
-            "rows": rows,
-            "loss": loss.mean(),
-            "accuracy": exact / rows if rows else math.nan,
-            "label_accuracy": 1 - int((wrong + missed).sum()) / answers if answers else math.nan,
-            "f1": float((2 * hit[seen] / both[seen]).mean()) if seen.any() else math.nan,
-            "micro_f1": int(2 * hit.sum()) / int(both.sum()) if both.sum() else math.nan,
-        }
+def _figures_of(tally: Tally | LabelTally, vectors: Sequence[np.ndarray]) -> dict[str, Any]:
+    whole: Tally | LabelTally = LabelTally(tally.labels) if isinstance(tally, LabelTally) else Tally(tally.classes)
+    for vector in vectors:
+        whole.absorb(vector)
+    report = whole.report()
+    names = ["rows", "loss"]
+    if isinstance(report, LabelReport):
+        names += ["accuracy", "label_accuracy", "precision", "recall", "f1", "micro_f1"]
+    elif isinstance(whole, Tally) and whole.classes is None:
+        names += ["mean_absolute_error", "mean_squared_error"]
+    else:
+        names += ["accuracy", "top5", "precision", "recall", "f1"]
+    return {name: getattr(report, name) for name in names}
 
 
 class _RowMean:

@@ -80,12 +80,13 @@ def read_targets(
             raise ConfigError("loss_weights", {output: value}, "is no weight", "Use numbers above 0")
     steps: list[Step] = []
     terms: list[Term] = []
-    labels: tuple[str, ...] | None = None
-    for place, (output, column) in enumerate(columns.items()):
-        name = "target" if len(columns) == 1 else f"target {output}"
-        own = model.labels if output == next(iter(outputs)) else None
+    labels = model.labels
+    for output, column in columns.items():
+        first = output == next(iter(outputs))
+        name = "target" if first and len(columns) == 1 else f"target {output}"  # see Preparation.by_output
+        own = model.labels if first else None
         names, step = _read(df, column, name, outputs[output], output, own, losses.get(output))
-        labels = names if place == 0 else labels
+        labels = names if first else labels
         steps.append(step)
         terms.append(Term(output, name, losses.get(output) or usual_loss(step), float(weights.get(output, 1.0))))
     weight = None if weight_column is None else RowWeightStep(_WEIGHT, weight_column)
@@ -102,10 +103,8 @@ def _columns(model: Model, target: str | Mapping[str, str] | None) -> dict[str, 
         if not target:
             raise ConfigError("target", target, "names nothing to learn", "Name a column, or one for each output")
         return dict(target)
-    known = model.preparation.targets
-    if len(known) > 1:
-        return {step.name.removeprefix("target "): step.column for step in known}
-    return {first: known[0].column if known else "label"}
+    known = model.preparation.by_output(list(model.signature.outputs))
+    return {output: step.column for output, step in known.items()} or {first: "label"}
 
 
 def _read(
