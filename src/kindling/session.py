@@ -296,8 +296,8 @@ def _launching(master: str, version: tuple[int, int]) -> Iterator[None]:
         if os.environ.get("JAVA_HOME") != str(home):
             _LOG.info("Spark runs on the Java in %s", home)
             changes["JAVA_HOME"] = str(home)
-        if sys.platform == "linux" and not re.search("utf-?8", _locale(), re.IGNORECASE):
-            # In any other, Java passes over files whose names it cannot spell, without a word: whole classes of photos.
+        if sys.platform == "linux" and _locale() in ("", "C", "POSIX"):
+            # There Java passes over files with names beyond ASCII, without a word: whole classes of photos.
             changes["LC_ALL"] = "C.UTF-8"
     if _is_local(master):
         # Unset, the workers would run whatever `python3` is first on the PATH.
