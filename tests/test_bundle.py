@@ -179,6 +179,21 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     assert_equal(model, kindling.load(tmp_path / "empty"))
 
 
+def test_a_dry_run_says_what_saving_would_and_writes_nothing(tmp_path: Path) -> None:
+    model = small()
+    model.save(tmp_path / "m", dry_run=True)
+    assert os.listdir(tmp_path) == []
+    model.save(tmp_path / "m")
+    before = (tmp_path / "m" / "kindling.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a bundle already"):
+        model.save(tmp_path / "m", dry_run=True)
+    model.save(tmp_path / "m", overwrite=True, dry_run=True)
+    assert (tmp_path / "m" / "kindling.json").read_bytes() == before
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"other files than a bundle \('m/"):
+        model.save(tmp_path, overwrite=True, dry_run=True)
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwriting_replaces_the_whole(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:

@@ -441,6 +441,28 @@ def test_fit_a_net_of_the_user_s(spark: Any, photos: Path, nets: Path) -> None:
 
 
 @pytest.mark.spark
+def test_what_cannot_be_saved_is_told_before_the_training(spark: Any, photos: Path, nets: Path) -> None:
+    """A folder of other things, a file, another file system's bundle: not after hours of training."""
+    (nets / "thesis").mkdir()
+    (nets / "thesis" / "thesis.tex").write_text("years of work")
+    kd.load("lenet").save("memory://cli/model", overwrite=True)
+    for out, said in (
+        ("thesis", "other files than a bundle"),
+        ("my_nets.py", "is a file, not a folder"),
+        ("memory://cli/model", "holds a bundle already"),
+    ):
+        options = ["--overwrite"] if "memory" not in out else []
+        for words in (
+            ["fit", photos, "--model", "my_nets:needs"],
+            ["transfer", photos, "--net", "lenet", "--until", "fc1"],
+        ):
+            result = run(*words, "--out", out, *options, code=1)
+            assert said in result.stderr
+            assert "epoch" not in result.stderr
+            assert "featurise" not in result.stderr
+
+
+@pytest.mark.spark
 def test_a_run_goes_on_as_it_was_started_but_longer(spark: Any, photos: Path, nets: Path) -> None:
     words = ("fit", photos, "--model", "my_nets:needs", "--validation", photos, "--epochs", "2", "--workers", "1")
     run(*words, "--out", "model", "--run", "run")

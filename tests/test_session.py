@@ -120,6 +120,27 @@ def test_the_environment_is_put_back_after_the_launch(bare_machine: Path) -> Non
     assert dict(os.environ) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Java spells all names")
+def test_java_gets_a_locale_that_spells_every_name(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_java(bare_machine / "usual" / "java-17", "17.0.9")
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for settings, seen in (
+        ({}, "C.UTF-8"),
+        ({"LC_ALL": "C", "LANG": "de_DE.UTF-8"}, "C.UTF-8"),
+        ({"LC_CTYPE": "POSIX"}, "C.UTF-8"),
+        ({"LANG": "de_DE.ISO-8859-1"}, None),  # names may really be spelt so
+        ({"LANG": "de_DE.UTF-8"}, None),
+        ({"LC_ALL": "en_US.utf8", "LANG": "C"}, "en_US.utf8"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            with session._launching("local[2]", (4, 3)):
+                assert os.environ.get("LC_ALL") == seen
+            assert os.environ.get("LC_ALL") == settings.get("LC_ALL")
+
+
 # Settings
 
 

@@ -76,7 +76,14 @@ _LOG = logging.getLogger("kindling")
 # --------------------------------------------------------------------------------------------------------- saving
 
 
-def save(model: Model, path: str | Path, *, overwrite: bool = False, spark: SparkSession | None = None) -> None:
+def save(
+    model: Model,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    spark: SparkSession | None = None,
+) -> None:
     """Write a model as a bundle.
 
     On this machine the folder appears whole, or takes the place of the old one, in one step. Elsewhere the manifest is
@@ -85,6 +92,7 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, spark: Spar
     Args:
         path: the folder to write: a local path or a URL that `storage.open_place` takes.
         overwrite: replace a bundle that is there. Anything but a bundle is never replaced.
+        dry_run: write nothing, and raise what can be told beforehand: something is there, the module cannot be stored.
         spark: the session whose file systems may be used; None takes the active one.
     Raises: ConfigError, when something is there already; ModelError, when the module can be stored neither as a graph
         nor by its class; StorageError, when the place cannot be written.
@@ -92,6 +100,8 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, spark: Spar
     place = open_place(path, spark)
     old = _what_is_there(place, overwrite)
     architecture = _architecture(model)
+    if dry_run:
+        return
     body: dict[str, Any] = {
         "format": FORMAT,
         "written_by": f"kindling {__version__}, torch {torch.__version__}",

@@ -349,6 +349,7 @@ def fit(
                 net = o.open_model(model, weights, labels=labels, classes=classes, seed=seed, spark=spark)
             net = _labelled(net, labels, seed)
             net = net.freeze(until=freeze) if freeze else net
+            net.save(out, overwrite=overwrite, dry_run=True)  # what can fail after the training fails before it
         with clock.phase("train"):
             options = {
                 "epochs": epochs,
@@ -591,6 +592,7 @@ def transfer(
         with clock.phase("load the net"):
             net = o.open_model(model, weights, classes=classes, seed=seed, spark=spark)
             net = net.until(*until) if until else net
+            net.save(out, overwrite=overwrite, dry_run=True)  # what can fail after the training fails before it
         done = run(
             o.rows_of(spark, data),
             net,

@@ -488,14 +488,22 @@ class Model:
 
     # --------------------------------------------------------------------------------------------------- keeping
 
-    def save(self, path: str | Path, *, overwrite: bool = False, spark: SparkSession | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        dry_run: bool = False,
+        spark: SparkSession | None = None,
+    ) -> None:
         """Write a bundle: architecture, weights, preparation, labels, history, checksums. No code, no pickle.
 
-        Raises: StorageError, when something is there already; ModelError, when the module cannot be stored.
+        With `dry_run` nothing is written: it raises what saving would, before a long training, say.
+        Raises: ConfigError, when something is there already; ModelError, when the module cannot be stored.
         """
         from kindling import bundle
 
-        bundle.save(self, str(path), overwrite=overwrite, spark=spark)
+        bundle.save(self, str(path), overwrite=overwrite, dry_run=dry_run, spark=spark)
 
     def export(
         self,

@@ -1,8 +1,9 @@
 """`kindling.spark()`: a SparkSession fit for this work. Any other session works too.
 
-Finds a Java that Spark can run on, gives workers this Python and quiet thread pools, and sets what Spark's defaults get
-wrong for deep learning. What the user set, in code, in the environment, on spark-submit's command line or in
-spark-defaults.conf, is never changed. Starting is all it does: reading is `read/`, sending files is `ship.py`.
+Finds a Java that Spark can run on, starts it in a locale that can spell every file's name, gives workers this Python
+and quiet thread pools, and sets what Spark's defaults get wrong for deep learning. Settings of Spark that the user
+made, in code, in the environment, on spark-submit's command line or in spark-defaults.conf, are never changed. Starting
+is all it does: reading is `read/`, sending files is `ship.py`.
 """
 
 from __future__ import annotations
@@ -295,6 +296,9 @@ def _launching(master: str, version: tuple[int, int]) -> Iterator[None]:
         if os.environ.get("JAVA_HOME") != str(home):
             _LOG.info("Spark runs on the Java in %s", home)
             changes["JAVA_HOME"] = str(home)
+        if sys.platform == "linux" and _locale() in ("", "C", "POSIX"):
+            # There Java passes over files with names beyond ASCII, without a word: whole classes of photos.
+            changes["LC_ALL"] = "C.UTF-8"
     if _is_local(master):
         # Unset, the workers would run whatever `python3` is first on the PATH.
         # Connect's workers know no executorEnv, they inherit what the JVM is started with.
@@ -311,6 +315,11 @@ def _launching(master: str, version: tuple[int, int]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _locale() -> str:
+    """The locale that a program started here would spell file names by."""
+    return next((os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(name)), "")
 
 
 def _settings_elsewhere() -> dict[str, str]:

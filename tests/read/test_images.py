@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,8 @@ from kindling import read
 from kindling.errors import ConfigError, DataError, StorageError
 from kindling.prepare.image import ImageStep
 from kindling.read.images import _batches_are_bounded
+
+listing = sys.modules["kindling.read.images"]  # of the package, that name is the function
 
 pytestmark = [pytest.mark.spark]
 
@@ -135,6 +140,41 @@ def test_hidden_files_are_skipped_and_lost_photos_are_told(spark: Any, folder: P
     with pytest.warns(UserWarning, match=r"^2 photos in .* are not read: .*Rename them"):
         frame = read.images(folder, spark=spark)
     assert frame.count() == 4
+
+
+def test_photos_whose_names_java_cannot_spell_are_told(
+    spark: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Java started in the locale C lists no other names than ASCII ones."""
+    for name in ("chats é/1.png", "chats é/2.png", "dogs/ß.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(a_png())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert read.images(folder, spark=spark).count() == 7
+    everything = listing._listed
+    monkeypatch.setattr(listing, "_listed", lambda frame: [url for url in everything(frame) if unquote(url).isascii()])
+    with pytest.warns(UserWarning, match=r"^3 photos in .* are not read: Java cannot spell .*LC_ALL=C.UTF-8"):
+        read.images(folder, spark=spark)
+    with pytest.warns(UserWarning, match="^2 photos in"), pytest.raises(DataError, match="holds no files"):
+        read.images(folder / "chats é", spark=spark)
+
+
+@pytest.mark.slow
+def test_unicode_names_in_any_locale(folder: Path) -> None:
+    (folder / "cats").rename(folder / "chats é")
+    code = "import sys, kindling as kd; kd.spark('local[1]'); print(kd.read.images(sys.argv[1]).count(), kd.labels("
+    code += "kd.read.images(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "1"},
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout.strip() == "4 ('chats é', 'dogs')", done.stderr[-2000:]
 
 
 def test_nothing_is_decoded_or_opened_before_it_is_used(spark: Any, folder: Path) -> None:
@@ -293,6 +333,31 @@ def test_sparks_own_image_source_gives_the_same_pixels(spark: Any, tmp_path: Pat
     assert bytes(rows["rgb.png"]) == bytes(rows["rgba.png"]) == pixels[..., :3].tobytes()
     assert bytes(rows["grey.png"]) == np.repeat(pixels[..., :1], 3, axis=2).tobytes()
     assert rows["broken.png"] is None
+
+
+@pytest.mark.sessions
+def test_rows_of_sparks_image_source_get_the_columns_of_files(spark: Any, tmp_path: Path) -> None:
+    (tmp_path / "two cats+1").mkdir()
+    Image.new("RGB", (3, 2), (250, 20, 10)).save(tmp_path / "two cats+1" / "a 1.png")
+    frame = spark.read.format("image").load(f"{tmp_path}/*")
+    step = ImageStep("x", size=(1, 1), channels="RGB")
+
+    def first(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            pixels = step.pack(batch).arrays["x"][:, 0, 0].tolist()
+            yield pa.RecordBatch.from_arrays(
+                [batch.column(0), batch.column(1), pa.array(pixels, pa.list_(pa.int32()))], ["path", "label", "pixel"]
+            )
+
+    rows = read.images(frame, partitions=1)
+    assert rows.columns == ["path", "label", "content"]
+    (row,) = rows.mapInArrow(first, "path string, label string, pixel array<int>").collect()
+    assert row.path == read.images(tmp_path, spark=spark).head().path
+    assert (row.label, row.pixel) == ("two cats+1", [250, 20, 10])
+    told = frame.selectExpr("image", "'dogs' as label")
+    assert [row.label for row in read.images(told).select("label").collect()] == ["dogs"]
+    with pytest.raises(DataError, match=r"has 0 columns of images .*: path, label\."):
+        read.images(rows.drop("content"))
 
 
 @pytest.mark.needs_data

@@ -267,7 +267,12 @@ BAD: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]
         DataError,
         "not one row to train on",
     ),
-    "one class": (lambda s: frame(s, [(f"p{i}", "c1", [1.0] * 4) for i in range(9)]), {}, DataError, "of one class"),
+    "one class": (
+        lambda s: frame(s, [(f"p{i}", "c1", [1.0] * 4) for i in range(9)]),
+        {},
+        DataError,
+        r"all 9 rows are of one class \('c1'\)",
+    ),
     "unknown label": (lambda s: frame(s, [*blobs(20), ("p", "cow", [1.0] * 4)]), {}, DataError, "'cow' is none of"),
     "wrong shape": (lambda s: frame(s, [*blobs(20), ("p", "c0", [1.0] * 3)]), {}, DataError, "holds 3 numbers, not 4"),
     "missing column": (lambda s: frame(s, blobs(20)).drop("features"), {}, DataError, "has no column 'features'"),

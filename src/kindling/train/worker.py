@@ -273,7 +273,8 @@ class _Worker:
         seen = sorted({label for one in everyone for label in one["classes"]})
         if self.spec.classes and self.spec.classes > 1 and len(seen) == 1:
             raise DataError(
-                f"all {int(counts_V.sum()):,} rows are of one class ({seen[0]!r}), so there is nothing to tell apart. "
+                f"all {int(counts_V.sum()):,} rows are of one class ({_class_name(self.spec, seen[0])}), so there is "
+                "nothing to tell apart. "
                 "Is the label column the right one, and the data unfiltered?"
             )
         plan = _Plan(
@@ -492,6 +493,14 @@ def _classes_seen(feed: Any, spec: WorkerSpec) -> list[int]:
     (name, *_) = (step.name for step in Preparation.from_json(spec.preparation).targets)
     values = feed.column(name)
     return [int(value) for value in np.unique(values)[:2]] if len(values) else []
+
+
+def _class_name(spec: WorkerSpec, number: int) -> str:
+    from kindling.prepare import Preparation
+
+    (step, *_) = Preparation.from_json(spec.preparation).targets
+    names = getattr(step, "labels", ())
+    return repr(names[number]) if number < len(names) else str(number)
 
 
 def _come(spec: WorkerSpec, rank: int) -> Meeting:
