@@ -297,6 +297,13 @@ BAD: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]
         "not one number",
     ),
     "too many workers": (lambda s: frame(s, blobs(20)), {"workers": 99}, ConfigError, "needs 99 task slots"),
+    "a metric's name": (lambda s: frame(s, blobs(20)), {"metrics": {"loss": len}}, ConfigError, "measured anyway"),
+    "empty validation": (
+        lambda s: frame(s, blobs(20)),
+        {"validation": lambda s: frame(s, blobs(20)).where("label = 'cow'")},  # made of the session
+        DataError,
+        "not one row to validate on",
+    ),
     "no workers": (lambda s: frame(s, blobs(20)), {"workers": 0}, ConfigError, "leaves nobody to train"),
     "no epochs": (lambda s: frame(s, blobs(20)), {"epochs": 0}, ConfigError, "epochs=0"),
 }
@@ -306,6 +313,8 @@ BAD: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_work_is_said_in_one_screen(spark: Any, case: str) -> None:
     make, options, kind, words = BAD[case]
+    if "validation" in options:
+        options = {**options, "validation": options["validation"](spark)}
     with pytest.raises(kind, match=words) as caught:
         fit(net(), make(spark), **options)
     text = str(caught.value)

@@ -219,7 +219,7 @@ def test_a_metric_that_gives_no_number_for_each_row_is_named() -> None:
 @pytest.mark.parametrize(("metrics", "words"), [({"a": 3}, "is neither a function"), ({"loss": distance}, "anyway")])
 def test_metrics_that_cannot_be_are_refused(metrics: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_metrics(metrics, ("rows", "loss"))
+        check_metrics(metrics)
 
 
 def test_figures_do_not_depend_on_how_rows_are_spread() -> None:

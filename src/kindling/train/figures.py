@@ -39,7 +39,14 @@ Metric = Callable[[Any, Any], Tensor] | MetricState
 """A function that gives each row's value, shape (N,), whose mean is taken; or a `MetricState` of any kind."""
 
 
-def check_metrics(metrics: Mapping[str, Metric] | None, taken: Sequence[str]) -> dict[str, Metric]:
+_CLASSES = ("accuracy", "top5", "precision", "recall", "f1")
+_MANY_LABELS = ("accuracy", "label_accuracy", "precision", "recall", "f1", "micro_f1")
+_NUMBERS = ("mean_absolute_error", "mean_squared_error")
+MEASURED = frozenset({"rows", "loss", *_CLASSES, *_MANY_LABELS, *_NUMBERS})
+"""Names of figures that are measured anyway, for one kind of target or another."""
+
+
+def check_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
     """The metrics, if they can be asked.
 
     Raises: ConfigError.
@@ -52,7 +59,7 @@ def check_metrics(metrics: Mapping[str, Metric] | None, taken: Sequence[str]) ->
                 f"({name!r}) is neither a function nor a metric with update, merge_state and compute",
                 "Give a function of (outputs, targets) that returns one number for each row",
             )
-        if name in taken:
+        if name in MEASURED:
             raise ConfigError("metrics", name, "is the name of a figure that is measured anyway", "Rename it")
     return dict(metrics or {})
 
@@ -121,14 +128,8 @@ def _figures_of(tally: Tally | LabelTally, vectors: Sequence[np.ndarray]) -> dic
     for vector in vectors:
         whole.absorb(vector)
     report = whole.report()
-    names = ["rows", "loss"]
-    if isinstance(report, LabelReport):
-        names += ["accuracy", "label_accuracy", "precision", "recall", "f1", "micro_f1"]
-    elif isinstance(whole, Tally) and whole.classes is None:
-        names += ["mean_absolute_error", "mean_squared_error"]
-    else:
-        names += ["accuracy", "top5", "precision", "recall", "f1"]
-    return {name: getattr(report, name) for name in names}
+    kind = _MANY_LABELS if isinstance(report, LabelReport) else _CLASSES if report.labels else _NUMBERS
+    return {name: getattr(report, name) for name in ("rows", "loss", *kind)}
 
 
 class _RowMean:

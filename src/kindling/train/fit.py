@@ -85,6 +85,7 @@ def fit(
     progress: bool,
 ) -> Model:
     """Train `model` on a DataFrame; see `Model.fit` for the arguments. Returns a new Model."""
+    from kindling.train.figures import check_metrics
     from kindling.train.strategies import AllReduce
 
     if on_error not in ON_ERROR:
@@ -113,7 +114,7 @@ def fit(
         loss=targets.objective,
         strategy=strategy or AllReduce(),
         schedule=schedule,
-        metrics=dict(metrics or {}),
+        metrics=check_metrics(metrics),
     )
     preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, targets.labels)
     workers = slots.workers_for(spark, workers)
@@ -176,6 +177,7 @@ def fit(
             name=run_name,
             workers=workers,
             threads=threads,
+            validates=validation is not None,
             loop=replace(settings, accumulate=parts),
             global_batch=global_batch,
             resume=resume,
@@ -584,7 +586,7 @@ def _collect(
         if desk.error is not None:
             raise desk.error
         # Spark 3.5 leaves out a stage that it knows to have no input.
-        raise DataError(NO_ROWS)
+        raise DataError(NO_ROWS.format("train"))
     events = [
         Event.from_line(line) for _, kind, _, data in rows if kind == "events" for line in data.splitlines() if line
     ]

@@ -170,6 +170,8 @@ class WorkerSpec:
     """The run's name, for people."""
     workers: int
     threads: int
+    validates: bool
+    """Whether there are rows to measure on."""
     loop: LoopSettings
     global_batch: int
     """Rows of one step over all workers; it stays when a run goes on with another number of them."""

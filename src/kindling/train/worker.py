@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 REPORT_SCHEMA = "rank int, kind string, part int, data binary"
 _ARROW_SCHEMA = pa.schema([("rank", pa.int32()), ("kind", pa.string()), ("part", pa.int32()), ("data", pa.binary())])
-NO_ROWS = "there is not one row to train on: the DataFrame is empty, or every row was broken."
+NO_ROWS = "there is not one row to {} on: the DataFrame is empty, or every row was broken."
 _PART_BYTES = 16 << 20
 _LAST_WORDS_S = 5.0
 _JOIN_S = 120.0
@@ -269,7 +269,9 @@ class _Worker:
                 raise from_text(note["fatal"]) or DataError("a row could not be packed.")
         counts_V = np.sum([one["counts"] for one in everyone], axis=0)
         if not counts_V.sum():
-            raise DataError(NO_ROWS)
+            raise DataError(NO_ROWS.format("train"))
+        if self.spec.validates and not sum(one["validation"] for one in everyone):
+            raise DataError(NO_ROWS.format("validate"))
         seen = sorted({label for one in everyone for label in one["classes"]})
         if self.spec.classes and self.spec.classes > 1 and len(seen) == 1:
             raise DataError(
