@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 import kindling as kd
 from kindling import cli
 from kindling.errors import ConfigError
+from kindling.prepare import RandomCrop, RandomFlip
+from kindling.prepare.augment import RowDraws
 from kindling.recipe import Recipe
+from kindling.train.order import mix
 
 CLASSES = tuple(f"c{number}" for number in range(10))
 
@@ -130,6 +133,77 @@ def test_batches_added_up_for_one_iteration(spark: Any, tmp_path: Path) -> None:
     close(trained.module.state_dict(), plain(recipe, *as_caffe_reads(rows, (0.0,), 1 / 128), 3))
 
 
+def transformed(pixels: np.ndarray, mean: np.ndarray, crop: int, top: int, left: int, mirror: bool) -> np.ndarray:
+    """One picture by Caffe's data_transformer.cpp, with a mean file: the mean is read at the pixel's own place."""
+    channels, _, _ = pixels.shape
+    made = np.zeros((channels, crop, crop), np.float32)
+    for c in range(channels):
+        for h in range(crop):
+            for w in range(crop):
+                at = c, h, crop - 1 - w if mirror else w
+                made[at] = (float(pixels[c, top + h, left + w]) - mean[c, top + h, left + w]) * (1 / 128)
+    return made
+
+
+@pytest.mark.spark
+def test_crops_and_mirrors_as_caffe_draws_them(spark: Any, tmp_path: Path) -> None:
+    """Of each row and epoch another place, the mean picture cut at the same; the middle in prediction."""
+    from pyspark.sql import functions as F
+
+    mean = np.random.default_rng(3).normal(120, 40, (3, 9, 9)).astype(np.float32)
+    np.save(tmp_path / "mean.npy", mean)
+    transform = 'mirror: true crop_size: 6 mean_file: "db/mean.npy"'
+    recipe = kd.caffe_recipe(written(tmp_path, mirror=transform), labels=CLASSES)
+    assert not recipe.notes
+    rows = pictures(20, 9, 3)
+    df = frame(spark, rows)
+    trained = recipe.fit(df, workers=2, max_steps=3, progress=False)
+    places = {row[0]: row[1] for row in df.select("path", F.xxhash64("path")).collect()}
+    hashes = np.array([places[path] for path, _, _ in rows], np.int64).view(np.uint64)
+    whole, truth = as_caffe_reads(rows, (0.0,), 1.0)
+    solver, module = recipe.solver, copy.deepcopy(recipe.model.module).train()
+    module.get_submodule("data_mean").register_forward_hook(lambda _, inputs, out: inputs[0])  # is taken off below
+    windows = set()
+    history = {name: torch.zeros_like(weight) for name, weight in module.named_parameters()}
+    for step in range(3):
+        draws = RowDraws(mix(hashes, 5, step + 1, 2, 0), mix)
+        tops, lefts = (draws.at(1).uniform(number, 0, 4).astype(int).tolist() for number in (0, 1))
+        mirrored = (draws.at(2).uniform(0) < 0.5).tolist()
+        chosen = list(zip(tops, lefts, mirrored, strict=True))
+        windows.update(chosen)
+        x = np.stack([transformed(one.numpy(), mean, 6, *how) for one, how in zip(whole, chosen, strict=True)])
+        module.zero_grad()
+        nn.functional.cross_entropy(module(torch.from_numpy(x)), truth).backward()
+        rate = solver.base_lr * (1 + solver.gamma * step) ** -solver.power
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                lr_mult, decay_mult = recipe.multipliers.get(name, (1.0, 1.0))
+                assert weight.grad is not None
+                gradient = weight.grad + solver.weight_decay * decay_mult * weight
+                history[name] = solver.momentum * history[name] + rate * lr_mult * gradient
+                weight -= history[name]
+    assert len(windows) > 20  # of 32
+    close(trained.module.state_dict(), module.state_dict())
+    assert moved(*(dict(net.named_parameters()) for net in (trained.module, recipe.model.module)))
+    # What was trained is tested on the middle, as Caffe's test phase cuts it: (9 - 6) / 2, rounded.
+    middle = np.stack([transformed(one.numpy(), mean, 6, 2, 2, False) for one in whole])
+    scores = module.eval()(torch.from_numpy(middle)).softmax(1).detach()
+    found = trained.predict([content for _, _, content in rows])
+    assert [one["prediction"] for one in found] == [CLASSES[place] for place in scores.argmax(1).tolist()]
+    told = trained.history[-1]["augment"]["data"]
+    assert [step["kind"] for step in told] == ["less_picture", "crop", "flip", "less_picture"]
+    assert "numbers" not in told[0]
+
+
+def test_pictures_of_a_database_whose_size_nothing_says(tmp_path: Path) -> None:
+    solver = written(tmp_path, mirror="crop_size: 6 mean_value: 3")
+    recipe = kd.caffe_recipe(solver, labels=CLASSES, image={"resize_to": 10})
+    assert not recipe.notes
+    assert recipe.augment == {"data": (RandomCrop(padding=0, spare=4),)}
+    (note,) = kd.caffe_recipe(solver, labels=CLASSES).notes
+    assert note == "the shorter side is scaled to 7 pixels, which the file does not say"
+
+
 @pytest.mark.spark
 @pytest.mark.needs_data
 def test_cifar10_quick_from_its_own_solver(spark: Any, data_dir: Path) -> None:
@@ -177,7 +251,7 @@ def test_what_a_solver_becomes(tmp_path: Path) -> None:
     assert (options["batch_size"], options["accumulate"], options["epochs"], options["max_steps"]) == (10, 1, 3, 12)
     assert (options["seed"], options["validate_every_steps"], options["schedule_every"]) == (5, 4, "step")
     assert options["checkpoints"] == kd.Checkpoints(steps=6)
-    assert options["augment"] == [kd.prepare.RandomFlip()]
+    assert options["augment"] == {"data": (kd.prepare.RandomFlip(),)}
     optimizer = options["optimizer"](list(recipe.model.module.named_parameters()))
     by_factors = {
         (g["lr_mult"], g["decay_mult"]): [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups
@@ -207,7 +281,8 @@ def test_heads_beside_the_last_one(data_dir: Path) -> None:
     options = recipe.options(1000, 1, target="kind")
     assert set(options["target"].values()) == {"kind"}
     assert options["loss_weights"] == recipe.loss_weights
-    assert recipe.notes == ("pictures are cut to their middle 224 x 224 pixels; Caffe cuts a new place each time",)
+    assert recipe.notes == ("the shorter side is scaled to 256 pixels, which the file does not say",)
+    assert recipe.augment == {"data": (RandomCrop(padding=0, spare=32), RandomFlip())}
 
 
 @pytest.mark.parametrize(
