@@ -30,6 +30,7 @@ _HOME = {
     "advise": "kindling.advice",
     "caffe_recipe": "kindling.recipe",
     "decay_groups": "kindling.train.strategies.parameter_groups",
+    "dl4j_optimizer": "kindling.formats.dl4j_updater",
     "errors": "kindling.errors",
     "labels": "kindling.read",
     "load": "kindling.model",
@@ -66,6 +67,7 @@ __all__ = [
     "advise",
     "caffe_recipe",
     "decay_groups",
+    "dl4j_optimizer",
     "errors",
     "labels",
     "load",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from kindling import errors, nets, prepare, read, tune
     from kindling.advice import Advice, advise
     from kindling.evaluate import Report
+    from kindling.formats.dl4j_updater import dl4j_optimizer
     from kindling.model import Model, load
     from kindling.predict.output import provenance
     from kindling.prepare import Preparation
