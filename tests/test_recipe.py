@@ -271,6 +271,84 @@ def test_a_batch_is_shared_evenly(tmp_path: Path) -> None:
     assert small(tmp_path).options(100, 3, batch_size=7)["batch_size"] == 7
 
 
+PAIRS = """
+layer { name: "pair" type: "HDF5Data" top: "pair" top: "alike" hdf5_data_param { source: "list" batch_size: 20 } }
+layer { name: "halves" type: "Slice" bottom: "pair" top: "one" top: "other" slice_param { axis: 1 slice_point: 3 } }
+layer { name: "ip" type: "InnerProduct" bottom: "one" top: "ip" param { name: "w" } param { name: "b" }
+        inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "ip_p" type: "InnerProduct" bottom: "other" top: "ip_p" param { name: "w" } param { name: "b" }
+        inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "ContrastiveLoss" bottom: "ip" bottom: "ip_p" bottom: "alike" top: "loss"
+        contrastive_loss_param { margin: 2 } }
+"""
+CODER = """
+layer { name: "data" type: "HDF5Data" top: "data" hdf5_data_param { source: "list" batch_size: 20 } }
+layer { name: "code" type: "InnerProduct" bottom: "data" top: "code"
+        inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "same" type: "Power" bottom: "data" top: "same" }
+layer { name: "back" type: "InnerProduct" bottom: "code" top: "back"
+        inner_product_param { num_output: 6 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "EuclideanLoss" bottom: "back" bottom: "same" top: "loss" loss_weight: 3 }
+"""
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [PAIRS, CODER], ids=["pairs", "coder"])
+def test_losses_of_several_outputs(spark: Any, tmp_path: Path, net: str) -> None:
+    """Of pairs against one target, and of what is coded against what came in, without any: by Caffe's formulas."""
+    solver = written(tmp_path)
+    (tmp_path / "net.prototxt").write_text(net)
+    recipe = kd.caffe_recipe(solver, input_shape=(6,))
+    rng = np.random.default_rng(2)
+    x, alike = rng.normal(size=(20, 6)).astype(np.float32), np.arange(20) % 2
+    (column,) = recipe.model.preparation.columns(targets=False)
+    rows = [(number, x[number].tolist(), int(alike[number])) for number in range(20)]
+    df = spark.createDataFrame(rows, f"id int, {column} array<float>, label int")
+    df = df if net == PAIRS else df.drop("label")
+    trained = recipe.fit(df, workers=2, rows=20, max_steps=4, key="id", validation=df, progress=False)
+    module, history = copy.deepcopy(recipe.model.module).train(), {}
+    for step in range(4):
+        module.zero_grad()
+        a, b = module(torch.from_numpy(x))
+        squares = (a - b).square().sum(1)
+        loss = 3 * squares.sum() / 20 / 2
+        if net == PAIRS:
+            apart = (2 - squares.sqrt()).clamp(min=0).square()
+            loss = torch.where(torch.from_numpy(alike) == 1, squares, apart).sum() / 20 / 2
+        loss.backward()
+        rate = 0.05 * (1 + 0.1 * step) ** -0.75
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                lr_mult, decay_mult = recipe.multipliers.get(name, (1.0, 1.0))
+                assert weight.grad is not None
+                gradient = weight.grad + 0.01 * decay_mult * weight
+                history[name] = 0.9 * history.get(name, 0.0) + rate * lr_mult * gradient
+                weight -= history[name]
+    close(trained.module.state_dict(), module.state_dict())
+    last = trained.history[-1]["epochs"][-1]
+    assert last["validation"]["loss"] < trained.history[-1]["epochs"][0]["loss"]
+    assert last["validation"].keys() == {"rows", "loss"}
+    assert [step.kind for step in trained.preparation.targets] == (["value"] if net == PAIRS else [])
+
+
+@pytest.mark.needs_data
+@pytest.mark.parametrize(
+    ("solver", "names", "target"),
+    [
+        ("siamese/mnist_siamese_solver", ("feat", "feat_p"), True),
+        ("mnist/mnist_autoencoder_solver", ("decode1", "flatdata"), False),
+    ],
+)
+def test_caffe_s_own_nets_with_losses_of_two_outputs(
+    data_dir: Path, solver: str, names: tuple[str, ...], target: bool
+) -> None:
+    shape = (2, 28, 28) if target else (1, 28, 28)
+    recipe = kd.caffe_recipe(data_dir / f"caffe_configs/bvlc_caffe/examples/{solver}.prototxt", input_shape=shape)
+    (loss,) = recipe.losses.values()
+    assert (loss.outputs, loss.target) == (names, target)
+
+
 @pytest.mark.needs_data
 def test_heads_beside_the_last_one(data_dir: Path) -> None:
     """GoogLeNet has two of them, which count 0.3 each."""
@@ -290,7 +368,8 @@ def test_heads_beside_the_last_one(data_dir: Path) -> None:
     [
         ({"loss": ""}, "without a loss layer"),
         ({"loss": LOSS.replace('type: "Sof', 'loss_param { normalization: NONE } type: "Sof')}, "adds rows up"),
-        ({"loss": LOSS + LOSS.replace('name: "loss"', 'name: "again"')}, "is not one output against one target"),
+        ({"loss": LOSS + LOSS.replace('name: "loss"', 'name: "again"')}, "of one that has a loss already"),
+        ({"loss": LOSS + 'layer { name: "s" type: "Power" bottom: "ip2" top: "s" loss_weight: 2 }'}, "adds rows up"),
         ({"more": 'weights: "gone.caffemodel"'}, "is named by the solver and not there"),
     ],
 )

@@ -19,6 +19,7 @@ _HOME = {
     "EarlyStopping": "kindling.train.settings",
     "Event": "kindling.train.events",
     "Model": "kindling.model",
+    "OutputsLoss": "kindling.train.objective",
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
     "Recipe": "kindling.recipe",
@@ -55,6 +56,7 @@ __all__ = [
     "EarlyStopping",
     "Event",
     "Model",
+    "OutputsLoss",
     "ParameterAveraging",
     "Preparation",
     "Recipe",
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
     from kindling.session import spark
     from kindling.train.callbacks import StopTraining
     from kindling.train.events import Event
+    from kindling.train.objective import OutputsLoss
     from kindling.train.policy import Checkpoints
     from kindling.train.run import Run
     from kindling.train.settings import EarlyStopping

@@ -209,28 +209,37 @@ def _beside(solver: Solver, name: str) -> Path:
 def _losses(objective: Objective, outputs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, float]]:
     """Losses and what they count, by output.
 
-    Raises: ConfigError, for losses that are not the mean over rows of one output against one target.
+    Raises: ConfigError, for losses that are not the mean over rows of outputs, against at most one target.
     """
+    from kindling.train.objective import OutputsLoss
+
     losses: dict[str, Any] = {}
     counts: dict[str, float] = {}
     for weight, part, blobs in zip(objective.weights, objective.parts, objective.blobs, strict=True):
         kind = type(part).__name__
-        if len(blobs) != 2 or blobs[0] not in outputs or blobs[1] not in objective.targets or blobs[0] in losses:
+        own = tuple(blob for blob in blobs if blob in outputs)
+        targets = tuple(blob for blob in blobs if blob in objective.targets)
+        key = next((name for name in own if name not in losses), None)
+        if key is None or own + targets != tuple(blobs) or len(targets) > 1:
             raise ConfigError(
                 "loss",
                 f"{kind} of {', '.join(blobs)}",
-                "is not one output against one target",
+                "is not of outputs against at most one target, or of one that has a loss already",
                 "Train such a net with Model.fit and a loss function of your own",
             )
-        losses[blobs[0]], counts[blobs[0]] = _mean_loss(part), float(weight)
+        mean = _mean_loss(part)
+        single = len(own) == len(targets) == 1
+        losses[key], counts[key] = mean if single else OutputsLoss(mean, own, bool(targets)), float(weight)
     return losses, counts
 
 
 def _mean_loss(part: Any) -> Any:
     from torch import nn
 
-    from kindling.formats.caffe.losses import SoftmaxLoss
+    from kindling.formats.caffe.losses import SoftmaxLoss, SumLoss
 
+    if isinstance(part, SumLoss):
+        raise ConfigError("loss", "loss_weight", "adds rows up", "Use a layer of loss")
     if getattr(part, "normalization", "VALID") == "NONE":
         raise ConfigError(
             "loss", type(part).__name__, "adds rows up (normalization: NONE)", "Use VALID, and another base_lr"

@@ -774,6 +774,7 @@ def test_what_an_optimizer_leaves_out_is_said(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.spark
+@pytest.mark.slow
 def test_training_goes_on_where_deeplearning4j_stopped(spark: Any, tmp_path: Path) -> None:
     """One step on Spark is the step that Deeplearning4j's Nesterovs would have made next."""
 
