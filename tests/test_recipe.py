@@ -344,8 +344,10 @@ def test_caffe_s_own_nets_with_losses_of_two_outputs(
     data_dir: Path, solver: str, names: tuple[str, ...], target: bool
 ) -> None:
     shape = (2, 28, 28) if target else (1, 28, 28)
-    recipe = kd.caffe_recipe(data_dir / f"caffe_configs/bvlc_caffe/examples/{solver}.prototxt", input_shape=shape)
+    file = data_dir / f"caffe_configs/bvlc_caffe/examples/{solver}.prototxt"
+    recipe = kd.caffe_recipe(file, input_shape=shape, labels=("0", "1") if target else None)
     (loss,) = recipe.losses.values()
+    assert recipe.model.labels is None
     assert (loss.outputs, loss.target) == (names, target)
 
 

@@ -169,6 +169,7 @@ def caffe_recipe(
     from kindling.formats.caffe.losses import Objective
     from kindling.formats.caffe.solver import read_solver
     from kindling.model import as_model
+    from kindling.train.objective import OutputsLoss
 
     solver = read_solver(path)
     if solver.max_iterations < 1:
@@ -183,6 +184,8 @@ def caffe_recipe(
     if missing := [note for note in found.source.get("preparation", {}).values() if "is not at hand" in note]:
         raise ConfigError("mean", mean, f"is needed: {missing[0]}", "Put the file beside the net, or give mean=")
     losses, counts = _losses(training.loss, tuple(found.signature.outputs))
+    if all(isinstance(loss, OutputsLoss) for loss in losses.values()):
+        found = dataclasses.replace(found, labels=None)  # what a row has is not one class of several
     notes = [str(note) for note in found.source.get("preparation", {}).values()]
     if len(solver.weights) > 1:
         notes.append(f"only the first file of weights is read: {solver.weights[0]}")
