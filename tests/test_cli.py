@@ -117,6 +117,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
         (["fit", "photos", "--out", "model"], "--model and --out are needed"),
         (["fit", "photos", "--solver", "gone.prototxt", "--out", "model"], "there is no file gone.prototxt"),
         (["fit", "photos", "--model", "lenet", "--mean", "m", "--out", "model"], "for the net of a --solver"),
+        (["fit", "photos", "--model", "lenet", "--resize-to", "9", "--out", "model"], "for the net of a --solver"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--epochs", "0"], "--epochs"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "magic"], "averaging:N"),
         (["fit", "photos", "--model", "lenet", "--out", "model", "--strategy", "diloco:5,speed=3"], "outer_lr"),

@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 import kindling as kd
 from kindling import cli
 from kindling.errors import ConfigError
+from kindling.prepare import RandomCrop, RandomFlip
+from kindling.prepare.augment import RowDraws
 from kindling.recipe import Recipe
+from kindling.train.order import mix
 
 CLASSES = tuple(f"c{number}" for number in range(10))
 
@@ -130,6 +133,77 @@ def test_batches_added_up_for_one_iteration(spark: Any, tmp_path: Path) -> None:
     close(trained.module.state_dict(), plain(recipe, *as_caffe_reads(rows, (0.0,), 1 / 128), 3))
 
 
+def transformed(pixels: np.ndarray, mean: np.ndarray, crop: int, top: int, left: int, mirror: bool) -> np.ndarray:
+    """One picture by Caffe's data_transformer.cpp, with a mean file: the mean is read at the pixel's own place."""
+    channels, _, _ = pixels.shape
+    made = np.zeros((channels, crop, crop), np.float32)
+    for c in range(channels):
+        for h in range(crop):
+            for w in range(crop):
+                at = c, h, crop - 1 - w if mirror else w
+                made[at] = (float(pixels[c, top + h, left + w]) - mean[c, top + h, left + w]) * (1 / 128)
+    return made
+
+
+@pytest.mark.spark
+def test_crops_and_mirrors_as_caffe_draws_them(spark: Any, tmp_path: Path) -> None:
+    """Of each row and epoch another place, the mean picture cut at the same; the middle in prediction."""
+    from pyspark.sql import functions as F
+
+    mean = np.random.default_rng(3).normal(120, 40, (3, 9, 9)).astype(np.float32)
+    np.save(tmp_path / "mean.npy", mean)
+    transform = 'mirror: true crop_size: 6 mean_file: "db/mean.npy"'
+    recipe = kd.caffe_recipe(written(tmp_path, mirror=transform), labels=CLASSES)
+    assert not recipe.notes
+    rows = pictures(20, 9, 3)
+    df = frame(spark, rows)
+    trained = recipe.fit(df, workers=2, max_steps=3, progress=False)
+    places = {row[0]: row[1] for row in df.select("path", F.xxhash64("path")).collect()}
+    hashes = np.array([places[path] for path, _, _ in rows], np.int64).view(np.uint64)
+    whole, truth = as_caffe_reads(rows, (0.0,), 1.0)
+    solver, module = recipe.solver, copy.deepcopy(recipe.model.module).train()
+    module.get_submodule("data_mean").register_forward_hook(lambda _, inputs, out: inputs[0])  # is taken off below
+    windows = set()
+    history = {name: torch.zeros_like(weight) for name, weight in module.named_parameters()}
+    for step in range(3):
+        draws = RowDraws(mix(hashes, 5, step + 1, 2, 0), mix)
+        tops, lefts = (draws.at(1).uniform(number, 0, 4).astype(int).tolist() for number in (0, 1))
+        mirrored = (draws.at(2).uniform(0) < 0.5).tolist()
+        chosen = list(zip(tops, lefts, mirrored, strict=True))
+        windows.update(chosen)
+        x = np.stack([transformed(one.numpy(), mean, 6, *how) for one, how in zip(whole, chosen, strict=True)])
+        module.zero_grad()
+        nn.functional.cross_entropy(module(torch.from_numpy(x)), truth).backward()
+        rate = solver.base_lr * (1 + solver.gamma * step) ** -solver.power
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                lr_mult, decay_mult = recipe.multipliers.get(name, (1.0, 1.0))
+                assert weight.grad is not None
+                gradient = weight.grad + solver.weight_decay * decay_mult * weight
+                history[name] = solver.momentum * history[name] + rate * lr_mult * gradient
+                weight -= history[name]
+    assert len(windows) > 20  # of 32
+    close(trained.module.state_dict(), module.state_dict())
+    assert moved(*(dict(net.named_parameters()) for net in (trained.module, recipe.model.module)))
+    # What was trained is tested on the middle, as Caffe's test phase cuts it: (9 - 6) / 2, rounded.
+    middle = np.stack([transformed(one.numpy(), mean, 6, 2, 2, False) for one in whole])
+    scores = module.eval()(torch.from_numpy(middle)).softmax(1).detach()
+    found = trained.predict([content for _, _, content in rows])
+    assert [one["prediction"] for one in found] == [CLASSES[place] for place in scores.argmax(1).tolist()]
+    told = trained.history[-1]["augment"]["data"]
+    assert [step["kind"] for step in told] == ["less_picture", "crop", "flip", "less_picture"]
+    assert "numbers" not in told[0]
+
+
+def test_pictures_of_a_database_whose_size_nothing_says(tmp_path: Path) -> None:
+    solver = written(tmp_path, mirror="crop_size: 6 mean_value: 3")
+    recipe = kd.caffe_recipe(solver, labels=CLASSES, image={"resize_to": 10})
+    assert not recipe.notes
+    assert recipe.augment == {"data": (RandomCrop(padding=0, spare=4),)}
+    (note,) = kd.caffe_recipe(solver, labels=CLASSES).notes
+    assert note == "the shorter side is scaled to 7 pixels, which the file does not say"
+
+
 @pytest.mark.spark
 @pytest.mark.needs_data
 def test_cifar10_quick_from_its_own_solver(spark: Any, data_dir: Path) -> None:
@@ -177,7 +251,7 @@ def test_what_a_solver_becomes(tmp_path: Path) -> None:
     assert (options["batch_size"], options["accumulate"], options["epochs"], options["max_steps"]) == (10, 1, 3, 12)
     assert (options["seed"], options["validate_every_steps"], options["schedule_every"]) == (5, 4, "step")
     assert options["checkpoints"] == kd.Checkpoints(steps=6)
-    assert options["augment"] == [kd.prepare.RandomFlip()]
+    assert options["augment"] == {"data": (kd.prepare.RandomFlip(),)}
     optimizer = options["optimizer"](list(recipe.model.module.named_parameters()))
     by_factors = {
         (g["lr_mult"], g["decay_mult"]): [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups
@@ -197,6 +271,86 @@ def test_a_batch_is_shared_evenly(tmp_path: Path) -> None:
     assert small(tmp_path).options(100, 3, batch_size=7)["batch_size"] == 7
 
 
+PAIRS = """
+layer { name: "pair" type: "HDF5Data" top: "pair" top: "alike" hdf5_data_param { source: "list" batch_size: 20 } }
+layer { name: "halves" type: "Slice" bottom: "pair" top: "one" top: "other" slice_param { axis: 1 slice_point: 3 } }
+layer { name: "ip" type: "InnerProduct" bottom: "one" top: "ip" param { name: "w" } param { name: "b" }
+        inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "ip_p" type: "InnerProduct" bottom: "other" top: "ip_p" param { name: "w" } param { name: "b" }
+        inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "ContrastiveLoss" bottom: "ip" bottom: "ip_p" bottom: "alike" top: "loss"
+        contrastive_loss_param { margin: 2 } }
+"""
+CODER = """
+layer { name: "data" type: "HDF5Data" top: "data" hdf5_data_param { source: "list" batch_size: 20 } }
+layer { name: "code" type: "InnerProduct" bottom: "data" top: "code"
+        inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "same" type: "Power" bottom: "data" top: "same" }
+layer { name: "back" type: "InnerProduct" bottom: "code" top: "back"
+        inner_product_param { num_output: 6 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "EuclideanLoss" bottom: "back" bottom: "same" top: "loss" loss_weight: 3 }
+"""
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [PAIRS, CODER], ids=["pairs", "coder"])
+def test_losses_of_several_outputs(spark: Any, tmp_path: Path, net: str) -> None:
+    """Of pairs against one target, and of what is coded against what came in, without any: by Caffe's formulas."""
+    solver = written(tmp_path)
+    (tmp_path / "net.prototxt").write_text(net)
+    recipe = kd.caffe_recipe(solver, input_shape=(6,))
+    rng = np.random.default_rng(2)
+    x, alike = rng.normal(size=(20, 6)).astype(np.float32), np.arange(20) % 2
+    (column,) = recipe.model.preparation.columns(targets=False)
+    rows = [(number, x[number].tolist(), int(alike[number])) for number in range(20)]
+    df = spark.createDataFrame(rows, f"id int, {column} array<float>, label int")
+    df = df if net == PAIRS else df.drop("label")
+    trained = recipe.fit(df, workers=2, rows=20, max_steps=4, key="id", validation=df, progress=False)
+    module, history = copy.deepcopy(recipe.model.module).train(), {}
+    for step in range(4):
+        module.zero_grad()
+        a, b = module(torch.from_numpy(x))
+        squares = (a - b).square().sum(1)
+        loss = 3 * squares.sum() / 20 / 2
+        if net == PAIRS:
+            apart = (2 - squares.sqrt()).clamp(min=0).square()
+            loss = torch.where(torch.from_numpy(alike) == 1, squares, apart).sum() / 20 / 2
+        loss.backward()
+        rate = 0.05 * (1 + 0.1 * step) ** -0.75
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                lr_mult, decay_mult = recipe.multipliers.get(name, (1.0, 1.0))
+                assert weight.grad is not None
+                gradient = weight.grad + 0.01 * decay_mult * weight
+                history[name] = 0.9 * history.get(name, 0.0) + rate * lr_mult * gradient
+                weight -= history[name]
+    close(trained.module.state_dict(), module.state_dict())
+    last = trained.history[-1]["epochs"][-1]
+    assert last["validation"]["loss"] < trained.history[-1]["epochs"][0]["loss"]
+    assert last["validation"].keys() == {"rows", "loss"}
+    assert [step.kind for step in trained.preparation.targets] == (["value"] if net == PAIRS else [])
+
+
+@pytest.mark.needs_data
+@pytest.mark.parametrize(
+    ("solver", "names", "target"),
+    [
+        ("siamese/mnist_siamese_solver", ("feat", "feat_p"), True),
+        ("mnist/mnist_autoencoder_solver", ("decode1", "flatdata"), False),
+    ],
+)
+def test_caffe_s_own_nets_with_losses_of_two_outputs(
+    data_dir: Path, solver: str, names: tuple[str, ...], target: bool
+) -> None:
+    shape = (2, 28, 28) if target else (1, 28, 28)
+    file = data_dir / f"caffe_configs/bvlc_caffe/examples/{solver}.prototxt"
+    recipe = kd.caffe_recipe(file, input_shape=shape, labels=("0", "1") if target else None)
+    (loss,) = recipe.losses.values()
+    assert recipe.model.labels is None
+    assert (loss.outputs, loss.target) == (names, target)
+
+
 @pytest.mark.needs_data
 def test_heads_beside_the_last_one(data_dir: Path) -> None:
     """GoogLeNet has two of them, which count 0.3 each."""
@@ -207,7 +361,8 @@ def test_heads_beside_the_last_one(data_dir: Path) -> None:
     options = recipe.options(1000, 1, target="kind")
     assert set(options["target"].values()) == {"kind"}
     assert options["loss_weights"] == recipe.loss_weights
-    assert recipe.notes == ("pictures are cut to their middle 224 x 224 pixels; Caffe cuts a new place each time",)
+    assert recipe.notes == ("the shorter side is scaled to 256 pixels, which the file does not say",)
+    assert recipe.augment == {"data": (RandomCrop(padding=0, spare=32), RandomFlip())}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +370,8 @@ def test_heads_beside_the_last_one(data_dir: Path) -> None:
     [
         ({"loss": ""}, "without a loss layer"),
         ({"loss": LOSS.replace('type: "Sof', 'loss_param { normalization: NONE } type: "Sof')}, "adds rows up"),
-        ({"loss": LOSS + LOSS.replace('name: "loss"', 'name: "again"')}, "is not one output against one target"),
+        ({"loss": LOSS + LOSS.replace('name: "loss"', 'name: "again"')}, "of one that has a loss already"),
+        ({"loss": LOSS + 'layer { name: "s" type: "Power" bottom: "ip2" top: "s" loss_weight: 2 }'}, "adds rows up"),
         ({"more": 'weights: "gone.caffemodel"'}, "is named by the solver and not there"),
     ],
 )

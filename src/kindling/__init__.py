@@ -19,6 +19,7 @@ _HOME = {
     "EarlyStopping": "kindling.train.settings",
     "Event": "kindling.train.events",
     "Model": "kindling.model",
+    "OutputsLoss": "kindling.train.objective",
     "ParameterAveraging": "kindling.train.strategies",
     "Preparation": "kindling.prepare",
     "Recipe": "kindling.recipe",
@@ -30,6 +31,7 @@ _HOME = {
     "advise": "kindling.advice",
     "caffe_recipe": "kindling.recipe",
     "decay_groups": "kindling.train.strategies.parameter_groups",
+    "dl4j_optimizer": "kindling.formats.dl4j_updater",
     "errors": "kindling.errors",
     "labels": "kindling.read",
     "load": "kindling.model",
@@ -54,6 +56,7 @@ __all__ = [
     "EarlyStopping",
     "Event",
     "Model",
+    "OutputsLoss",
     "ParameterAveraging",
     "Preparation",
     "Recipe",
@@ -66,6 +69,7 @@ __all__ = [
     "advise",
     "caffe_recipe",
     "decay_groups",
+    "dl4j_optimizer",
     "errors",
     "labels",
     "load",
@@ -85,6 +89,7 @@ if TYPE_CHECKING:
     from kindling import errors, nets, prepare, read, tune
     from kindling.advice import Advice, advise
     from kindling.evaluate import Report
+    from kindling.formats.dl4j_updater import dl4j_optimizer
     from kindling.model import Model, load
     from kindling.predict.output import provenance
     from kindling.prepare import Preparation
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
     from kindling.session import spark
     from kindling.train.callbacks import StopTraining
     from kindling.train.events import Event
+    from kindling.train.objective import OutputsLoss
     from kindling.train.policy import Checkpoints
     from kindling.train.run import Run
     from kindling.train.settings import EarlyStopping

@@ -260,6 +260,10 @@ def fit(
         str | None,
         o.option(o.NET, "The mean file that the solver's net names and that is not beside it.", metavar="FILE"),
     ] = None,
+    resize_to: Annotated[
+        int | None,
+        o.option(o.NET, "Shorter side of pictures before the solver's net cuts them, where no mean file says it."),
+    ] = None,
     target: Annotated[str, o.option(o.TRAINING, "The column to learn.", metavar="COLUMN")] = "label",
     epochs: o.Epochs = 10,
     batch_size: o.BatchSize = 32,
@@ -320,8 +324,8 @@ def fit(
             raise typer.BadParameter("a solver brings its own net: give --model or --solver, not both")
         if solver is not None and not Path(solver).is_file():
             raise typer.BadParameter(f"there is no file {solver}", param_hint="--solver")
-        if solver is None and (input_shape is not None or mean is not None):
-            raise typer.BadParameter("--input-shape and --mean are for the net of a --solver")
+        if solver is None and (input_shape, mean, resize_to) != (None, None, None):
+            raise typer.BadParameter("only for the net of a --solver: --input-shape, --mean, --resize-to")
         agree = o.strategy_of(strategy)
         _refuse_to_replace(out, overwrite)
         clock = Clock()
@@ -339,6 +343,7 @@ def fit(
                     weights=weights,
                     input_shape=shape,
                     mean=mean,
+                    image=None if resize_to is None else {"resize_to": resize_to},
                     seed=seed if "seed" in _given(context) else None,
                 )
                 for note in recipe.notes:

@@ -329,7 +329,8 @@ class Model:
                 factory whose first argument is called `named_parameters` gets (name, parameter) pairs.
             loss: a torch loss of (outputs, targets); None: cross entropy for classes, binary cross entropy for lists of
                 labels, squared error for numbers. Label smoothing and class weights are settings of torch's own losses.
-                For a net with several outputs, losses by the outputs' names.
+                For a net with several outputs, losses by the outputs' names; `kindling.OutputsLoss` is one that reads
+                several of them together.
             loss_weights: what each output's loss counts, by the outputs' names; 1 where it is not named.
             strategy: how workers agree; `AllReduce()` if None.
             validation: rows to measure after every epoch, in float32, as `evaluate` does.

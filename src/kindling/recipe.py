@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kindling.formats.caffe.optim import CaffeOptimizer, CaffeSchedule
     from kindling.formats.caffe.solver import Solver
     from kindling.model import Model
+    from kindling.prepare import Augmentation
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Recipe:
     loss_weights: Mapping[str, float]
     multipliers: Mapping[str, tuple[float, float]]
     """Factors on the learning rate and on the weight decay, by the parameters' names."""
-    mirror: bool
+    augment: Mapping[str, tuple[Augmentation, ...]]
+    """By input, what is done to pictures at random in training."""
     notes: tuple[str, ...]
-    """What is done in another way than Caffe does it."""
+    """What is done in another way than Caffe does it, or what its files do not say."""
 
     def fit(self, df: DataFrame, *, workers: int | None = None, rows: int | None = None, **options: Any) -> Model:
         """Train the model on Spark as the solver says; returns the trained model.
@@ -90,7 +92,6 @@ class Recipe:
         Where workers agree in every step, they share Caffe's batch, so that a step is a step of Caffe's whatever their
         number. Where each goes its own way for some steps, each takes whole batches, as in SparkNet (arXiv:1511.06051).
         """
-        from kindling.prepare import RandomFlip
         from kindling.train.policy import Checkpoints
         from kindling.train.strategies import AllReduce
 
@@ -124,8 +125,8 @@ class Recipe:
         if len(self.losses) > 1 or next(iter(self.losses)) != next(iter(self.model.signature.outputs)):
             target = given.get("target") or "label"
             given["target"] = dict.fromkeys(self.losses, target) if isinstance(target, str) else target
-        if self.mirror:
-            said["augment"] = [RandomFlip()]
+        if self.augment:
+            said["augment"] = dict(self.augment)
         if solver.random_seed is not None:
             said["seed"] = solver.random_seed
         if solver.snapshot:
@@ -148,6 +149,7 @@ def caffe_recipe(
     weights: str | Path | None = None,
     input_shape: Sequence[int] | None = None,
     mean: Any = None,
+    image: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> Recipe:
     """What a `solver.prototxt` of Caffe trains, and how.
@@ -158,6 +160,8 @@ def caffe_recipe(
         weights: a `.caffemodel` to begin with; the solver's own if None.
         input_shape: of one row, (channels, height, width): pictures in a database are as large as they are.
         mean: the mean file, or a number a channel, where the net names a mean file that is not at hand.
+        image: fields of the `ImageStep`: `{"resize_to": 32}` where the net cuts pictures (`crop_size`) and no mean
+            file says how large they were before.
         seed: of the weights that begin as fillers say; the solver's own if None, and 0 where it has none: the same call
             gives the same weights, so that a run that was broken off can go on.
     Raises: FormatError, ConfigError: what cannot be read, is missing or cannot be trained.
@@ -165,11 +169,12 @@ def caffe_recipe(
     from kindling.formats.caffe.losses import Objective
     from kindling.formats.caffe.solver import read_solver
     from kindling.model import as_model
+    from kindling.train.objective import OutputsLoss
 
     solver = read_solver(path)
     if solver.max_iterations < 1:
         raise ConfigError("path", str(path), "says nothing of max_iter", "Say there how many iterations to train for")
-    chosen: dict[str, Any] = {"input_shape": input_shape, "mean": mean, "labels": labels}
+    chosen: dict[str, Any] = {"input_shape": input_shape, "mean": mean, "image": image, "labels": labels}
     seed = (solver.random_seed or 0) if seed is None else seed
     beginning = weights or (_beside(solver, solver.weights[0]) if solver.weights else None)
     found = solver.read_net(**chosen, weights=beginning, seed=seed)
@@ -179,9 +184,9 @@ def caffe_recipe(
     if missing := [note for note in found.source.get("preparation", {}).values() if "is not at hand" in note]:
         raise ConfigError("mean", mean, f"is needed: {missing[0]}", "Put the file beside the net, or give mean=")
     losses, counts = _losses(training.loss, tuple(found.signature.outputs))
-    notes = []
-    if crop := training.augment.get("crop"):
-        notes.append(f"pictures are cut to their middle {crop} x {crop} pixels; Caffe cuts a new place each time")
+    if all(isinstance(loss, OutputsLoss) for loss in losses.values()):
+        found = dataclasses.replace(found, labels=None)  # what a row has is not one class of several
+    notes = [str(note) for note in found.source.get("preparation", {}).values()]
     if len(solver.weights) > 1:
         notes.append(f"only the first file of weights is read: {solver.weights[0]}")
     return Recipe(
@@ -191,7 +196,7 @@ def caffe_recipe(
         losses=losses,
         loss_weights=counts,
         multipliers=training.multipliers,
-        mirror=bool(training.augment.get("mirror")),
+        augment=training.augment,
         notes=tuple(notes),
     )
 
@@ -207,28 +212,37 @@ def _beside(solver: Solver, name: str) -> Path:
 def _losses(objective: Objective, outputs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, float]]:
     """Losses and what they count, by output.
 
-    Raises: ConfigError, for losses that are not the mean over rows of one output against one target.
+    Raises: ConfigError, for losses that are not the mean over rows of outputs, against at most one target.
     """
+    from kindling.train.objective import OutputsLoss
+
     losses: dict[str, Any] = {}
     counts: dict[str, float] = {}
     for weight, part, blobs in zip(objective.weights, objective.parts, objective.blobs, strict=True):
         kind = type(part).__name__
-        if len(blobs) != 2 or blobs[0] not in outputs or blobs[1] not in objective.targets or blobs[0] in losses:
+        own = tuple(blob for blob in blobs if blob in outputs)
+        targets = tuple(blob for blob in blobs if blob in objective.targets)
+        key = next((name for name in own if name not in losses), None)
+        if key is None or own + targets != tuple(blobs) or len(targets) > 1:
             raise ConfigError(
                 "loss",
                 f"{kind} of {', '.join(blobs)}",
-                "is not one output against one target",
+                "is not of outputs against at most one target, or of one that has a loss already",
                 "Train such a net with Model.fit and a loss function of your own",
             )
-        losses[blobs[0]], counts[blobs[0]] = _mean_loss(part), float(weight)
+        mean = _mean_loss(part)
+        single = len(own) == len(targets) == 1
+        losses[key], counts[key] = mean if single else OutputsLoss(mean, own, bool(targets)), float(weight)
     return losses, counts
 
 
 def _mean_loss(part: Any) -> Any:
     from torch import nn
 
-    from kindling.formats.caffe.losses import SoftmaxLoss
+    from kindling.formats.caffe.losses import SoftmaxLoss, SumLoss
 
+    if isinstance(part, SumLoss):
+        raise ConfigError("loss", "loss_weight", "adds rows up", "Use a layer of loss")
     if getattr(part, "normalization", "VALID") == "NONE":
         raise ConfigError(
             "loss", type(part).__name__, "adds rows up (normalization: NONE)", "Use VALID, and another base_lr"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import random
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+import kindling as kd
 from kindling import Model, graph, surgery
 from kindling.errors import ConfigError, FormatError
 from kindling.formats import dl4j, dl4j_updater, models
@@ -620,7 +623,7 @@ def test_a_normalizer_becomes_the_preparation(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the optimizer
 
 
-def flat(model: Imported, of: str) -> np.ndarray:
+def flat(model: Imported | Model, of: str) -> np.ndarray:
     """Parameters or gradients of `small` as Deeplearning4j lays them out: rows of torch's matrices are its columns."""
     order = ("layer0.bias", "layer0.weight", "layer1.weight", "layer1.bias")
     known = dict(model.module.named_parameters())
@@ -696,6 +699,104 @@ def test_an_optimizer_goes_on_where_deeplearning4j_stopped(tmp_path: Path, kind:
     optimizer.step()
     together = np.concatenate(state, 1)
     np.testing.assert_allclose(before - flat(model, "data"), formula(together, gradient, lr, 8), rtol=2e-3, atol=1e-6)
+
+
+def trained_zip(path: Path, change: Callable[[int, dict[str, Any]], None], parts: int) -> tuple[Path, np.ndarray]:
+    """`small` after seven iterations, its layers' updaters set by `change`; and the state, (parts, parameters)."""
+    small(path.with_suffix(".plain"))
+    with zipfile.ZipFile(path.with_suffix(".plain")) as archive:
+        conf = json.loads(archive.read("configuration.json"))
+        coefficients = archive.read("coefficients.bin")
+    conf["iterationCount"] = 7
+    for place, one in enumerate(conf["confs"]):
+        (f,) = one["layer"].values()
+        change(place, f)
+    state = [np.abs(rand(parts, size)) for size in (10, 57)]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("configuration.json", json.dumps(conf))
+        archive.writestr("coefficients.bin", coefficients)
+        archive.writestr("updaterState.bin", nd4j(np.concatenate([part.ravel() for part in state])[None]))
+    return path, np.concatenate(state, 1)
+
+
+def test_each_layer_goes_on_with_its_own_rate_and_decay(tmp_path: Path) -> None:
+    rates, decays = (0.02, 0.005), (0.1, 0.0)
+
+    def change(place: int, f: dict[str, Any]) -> None:
+        kind = "org.nd4j.linalg.learning"
+        f["iupdater"] = {"@class": f"{kind}.config.Adam", "learningRate": rates[place], **UPDATERS["Adam"][2]}
+        if decays[place]:
+            f["regularization"] = [{"@class": f"{kind}.regularization.L2Regularization", "l2": decays[place]}]
+
+    path, state = trained_zip(tmp_path / "model.zip", change, 2)
+    made = dl4j_updater.dl4j_optimizer(path)
+    assert made.notes == ()
+    assert "array" not in repr(made)
+    model, head = dl4j.read(path), torch.nn.Linear(2, 2)
+    pairs = [*model.module.named_parameters(), *((f"head.{name}", one) for name, one in head.named_parameters())]
+    optimizer = pickle.loads(pickle.dumps(made))(pairs)
+    for parameter in model.module.parameters():
+        parameter.grad = torch.from_numpy(rand(*parameter.shape))
+    before, gradient = flat(model, "data"), flat(model, "grad")
+    optimizer.step()
+    rate, decay = np.full(67, rates[1]), np.zeros(67)
+    rate[:10], decay[:10] = rates[0], decays[0]
+    decay[:2] = 0.0  # biases have a list of their own
+    expected = adam(state, gradient + decay * before, rate, 8)
+    np.testing.assert_allclose(before - flat(model, "data"), expected, rtol=2e-3, atol=1e-6)
+    of_head = next(group for group in optimizer.param_groups if any(one is head.weight for one in group["params"]))
+    assert of_head["lr"] == rates[1]
+    assert not optimizer.state[head.weight]
+    assert {g["lr"] for g in dl4j_updater.dl4j_optimizer(path, lr=0.5)(pairs).param_groups} == {0.5}
+    with pytest.raises(ConfigError, match="are none of torch's Adam"):
+        dl4j_updater.dl4j_optimizer(path, momentum=0.5)
+    with pytest.raises(ConfigError, match="knows none of the parameters that learn"):
+        made(list(head.named_parameters()))
+    with pytest.raises(ConfigError, match=r"keeps exp_avg of shape \(3, 18\) for 'layer1.weight', which is \(2, 2\)"):
+        made([("layer1.weight", head.weight)])
+
+
+def test_what_an_optimizer_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kind = "org.nd4j.linalg.learning"
+
+    def change(place: int, f: dict[str, Any]) -> None:
+        f["iupdater"] = {"@class": f"{kind}.config.AdaGrad", "learningRate": 0.1, "epsilon": 1e-6, "place": place}
+        f |= {"l2": 1e-4, "l1": 0.0, "gradientNormalization": "ClipL2PerLayer", "learningRateSchedule": None}
+        f["regularization"] = [{"@class": f"{kind}.regularization.WeightDecay", "coeff": 0.5, "applyLR": True}]
+
+    made = dl4j_updater.dl4j_optimizer(trained_zip(tmp_path / "model.zip", change, 1)[0])
+    assert [note.partition(";")[0] for note in made.notes] == [
+        "gradient normalisation ClipL2PerLayer is left out",
+        "WeightDecay of 0.5 is left out",
+        "l2 of 0.0001 is left out",
+    ]
+    assert "l2 of 0.0001 is left out" in caplog.text
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_training_goes_on_where_deeplearning4j_stopped(spark: Any, tmp_path: Path) -> None:
+    """One step on Spark is the step that Deeplearning4j's Nesterovs would have made next."""
+
+    def change(place: int, f: dict[str, Any]) -> None:
+        f["iupdater"] = {"@class": "org.nd4j.linalg.learning.config.Nesterovs", "learningRate": 0.02, "momentum": 0.9}
+        f["iupdater"]["place"] = place
+
+    path, state = trained_zip(tmp_path / "model.zip", change, 1)
+    model, x, truth = kd.load(path), rand(12, 16), np.arange(12) % 3
+    (step,) = model.preparation.inputs
+    rows = [(number, x[number].tolist(), str(truth[number])) for number in range(12)]
+    df = spark.createDataFrame(rows, f"id int, {step.column} array<float>, label string")
+    trained = model.fit(
+        df, optimizer=kd.dl4j_optimizer(path), workers=2, batch_size=6, epochs=1, key="id", progress=False
+    )
+    plain = dl4j.read(path)
+    scores = plain.module(torch.from_numpy(x))
+    torch.nn.functional.cross_entropy(scores, torch.from_numpy(truth)).backward()
+    expected = flat(plain, "data") - nesterovs(state, flat(plain, "grad"), 0.02, 8)
+    np.testing.assert_allclose(flat(trained, "data"), expected, rtol=2e-4, atol=1e-6)
+    assert np.abs(flat(trained, "data") - flat(plain, "data")).min() > 1e-4  # every weight has moved
+    assert "Nesterovs" in trained.history[-1]["optimizer"]
 
 
 def test_an_optimizer_that_is_not_there_or_not_known_is_refused(tmp_path: Path) -> None:

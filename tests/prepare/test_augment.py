@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 from kindling.errors import ConfigError, FormatError
 from kindling.prepare.augment import (
     Augmentation,
+    LessPicture,
     RandomColor,
     RandomCrop,
     RandomFlip,
@@ -56,7 +57,11 @@ def test_a_row_s_change_depends_on_its_key_alone(step: Augmentation, channels: s
     assert (other != whole).any()
 
 
-@pytest.mark.parametrize("step", EVERY, ids=lambda step: f"{step.kind}")
+@pytest.mark.parametrize(
+    "step",
+    [*EVERY, RandomCrop(padding=0, spare=3), LessPicture.of(np.ones((2, 3, 1)))],
+    ids=lambda step: f"{step.kind}",
+)
 def test_steps_survive_json(step: Augmentation) -> None:
     assert augmentation_from_json(json.loads(json.dumps(step.to_json()))) == step
 
@@ -87,6 +92,31 @@ def test_crops_are_cut_from_the_padded_image_at_every_place_alike() -> None:
         found[places[0]] = found.get(places[0], 0) + 1
     assert len(found) == 9
     assert max(found.values()) < 3 * min(found.values())
+
+
+def test_a_larger_picture_is_cut_at_every_place_alike() -> None:
+    x = images(400, height=12, width=10)
+    step = RandomCrop(padding=0, spare=2)
+    out = step.apply(x, draws(400), "RGB")
+    assert (step.spent, out.shape) == (2, (400, 10, 8, 3))
+    tops, lefts = (np.floor(draws(400).uniform(number, 0, 3)).astype(int) for number in (0, 1))
+    for image, cut, top, left in zip(x, out, tops, lefts, strict=True):
+        np.testing.assert_array_equal(cut, image[top : top + 10, left : left + 8])
+    assert np.bincount(3 * tops + lefts, minlength=9).min() > 20
+
+
+def test_a_mean_picture_goes_along_with_cuts_and_flips() -> None:
+    x, mean = images(50), np.random.default_rng(1).normal(100, 30, (12, 10, 3)).astype(np.float32)
+    steps = [RandomCrop(padding=0, spare=4), RandomFlip()]
+    out = augmented([LessPicture.of(mean), *steps, LessPicture.of(np.zeros((8, 6, 3)))], x, draws(50), "RGB")
+    assert out.dtype == np.float32
+    means = np.broadcast_to(mean, x.shape)
+    keys = draws(50)
+    for place, step in enumerate(steps, 1):
+        x, means = (step.apply(part, keys.at(place), "RGB") for part in (x, means))
+    np.testing.assert_allclose(out, x - means, atol=1e-4)
+    told = LessPicture.of(mean).told()
+    assert len(json.dumps(told)) < 200
 
 
 def test_a_zoom_of_the_whole_is_the_image_and_a_part_is_inside() -> None:
@@ -132,7 +162,10 @@ def test_two_of_a_kind_draw_for_themselves() -> None:
     ("make", "words"),
     [
         (lambda: RandomFlip(-0.1), "is no share"),
-        (lambda: RandomCrop(0), "is no number of pixels"),
+        (lambda: RandomCrop(-1), "is no number of pixels"),
+        (lambda: RandomCrop(0), "leaves one place"),
+        (lambda: LessPicture((1, 2, 1), "AAAA"), "is not that of the numbers"),
+        (lambda: LessPicture((1, 1, 1), "?"), "is not that of the numbers"),
         (lambda: RandomCrop(1, fill="grey"), "is unknown"),
         (lambda: RandomZoom(area=(0.9, 0.1)), "is no range"),
         (lambda: RandomColor(contrast=1.5), "is no strength"),

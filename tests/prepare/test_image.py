@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from kindling.errors import ConfigError, DataError, FormatError
 from kindling.prepare import Preparation
 from kindling.prepare.base import step_from_json
-from kindling.prepare.image import ImageStep
+from kindling.prepare.image import ImageStep, WideImageStep
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -571,3 +571,29 @@ def test_a_preparation_reports_the_images_that_failed() -> None:
     assert packed.arrays["x"].shape == (1, 2, 2, 3)
     assert preparation.packed_spec(targets=False) == {"x": ("uint8", (2, 2, 3))}
     assert list(packed.errors) == [0]
+
+
+# Room for random cuts
+
+
+def test_the_middle_of_a_wider_packing_is_the_plain_step_s_picture() -> None:
+    step = ImageStep("image", size=(61, 48), resize_to=80)
+    wide = WideImageStep.of(step, 19)
+    files = [encode(photo(width, height)) for width, height in ((80, 80), (80, 120), (131, 80))]
+    plain, packed = pack(step, *files).arrays, pack(wide, *files).arrays
+    assert packed["image"].shape == (3, 80, 67, 3)
+    (_, shape) = wide.packed_spec()["image"]
+    assert shape == packed["image"].shape[1:]
+    assert step_from_json(wide.to_json()) == wide
+    for mine, other in zip(wide.batch(packed), step.batch(plain), strict=True):
+        near = [
+            (mine[:, 1:-1, 1:-1] - other[:, 1 + y : 60 + y, 1 + x : 47 + x]).abs().max() for y in (0, 1) for x in (0, 1)
+        ]
+        assert min(near) == 0  # halves are rounded once more: one pixel
+
+
+def test_no_room_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"spare=20 is more than the 19 pixels .* beyond the size \(61, 48\)"):
+        WideImageStep.of(ImageStep("image", size=(61, 48), resize_to=80), 20)
+    with pytest.raises(ConfigError, match="more than the 0 pixels"):
+        WideImageStep.of(ImageStep("image", size=(61, 48)), 1)

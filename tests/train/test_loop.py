@@ -16,8 +16,9 @@ from torch.optim import lr_scheduler
 from train_loops import SGD, batches, clouds, hashes_of, net, same, train
 
 from kindling.errors import ConfigError
-from kindling.prepare import ImageStep, LabelStep, Preparation, RandomCrop, RandomFlip
+from kindling.prepare import LabelStep, Preparation, RandomCrop, RandomFlip
 from kindling.prepare.augment import RowDraws, augmented
+from kindling.prepare.image import WideImageStep
 from kindling.signature import Signature, TensorSpec
 from kindling.train.loop import Loop
 from kindling.train.order import mix
@@ -356,10 +357,12 @@ def test_what_is_no_schedule_is_refused(schedule: Any) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_images_are_changed_by_row_and_epoch_and_only_in_training(world: int) -> None:
+@pytest.mark.parametrize("spare", [0, 4])
+def test_images_are_changed_by_row_and_epoch_and_only_in_training(world: int, spare: int) -> None:
     """The net writes down what it is shown: it is what `augmented` says of each row, and the plain image in between."""
-    images = np.random.default_rng(0).integers(0, 256, (30, 6, 6, 1), np.uint8)
-    steps = (RandomCrop(1), RandomFlip())
+    images = np.random.default_rng(0).integers(0, 256, (30, 6 + spare, 6 + spare, 1), np.uint8)
+    steps = (RandomCrop(0 if spare else 1, spare=spare), RandomFlip())
+    step = WideImageStep("x", size=(6, 6), channels="L", resize_to=6 + spare, spare=spare)
     seen: list[tuple[bool, bytes]] = []
 
     class Watch(nn.Module):
@@ -382,7 +385,8 @@ def test_images_are_changed_by_row_and_epoch_and_only_in_training(world: int) ->
         "loop": {
             "signature": Signature({"x": TensorSpec(("N", 1, 6, 6))}, {"y": TensorSpec(("N", 3))}),
             "preparation": Preparation(
-                (ImageStep("x", size=(6, 6), channels="L"),), (LabelStep("target", "label", ("0", "1", "2")),)
+                (step,),
+                (LabelStep("target", "label", ("0", "1", "2")),),
             ),
             "augment": {"x": steps},
         },
@@ -391,7 +395,8 @@ def test_images_are_changed_by_row_and_epoch_and_only_in_training(world: int) ->
     keys = [mix(hashes_of(30), 5, epoch, 2, 0) for epoch in (1, 2)]
     expected = [image.tobytes() for k in keys for image in augmented(steps, images, RowDraws(k, mix), "L")]
     assert sorted(pixels for training, pixels in seen if training) == sorted(expected)
-    assert sorted(pixels for training, pixels in seen if not training) == sorted([i.tobytes() for i in images] * 2)
+    middles = images[:, spare // 2 : spare // 2 + 6, spare // 2 : spare // 2 + 6]
+    assert sorted(pixels for training, pixels in seen if not training) == sorted([i.tobytes() for i in middles] * 2)
     (alone,) = train(columns, **{**options, "batch_size": 12})
     for name, value in runs[0].state().items():
         torch.testing.assert_close(value, alone.state()[name], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from kindling.errors import ConfigError, TrainingError
 from kindling.prepare import ArrayStep, LabelStep, ManyLabelsStep, Preparation, RowWeightStep, ValueStep
 from kindling.signature import Signature, TensorSpec
 from kindling.train.figures import Figures, check_metrics
-from kindling.train.objective import Objective, Term
+from kindling.train.objective import Objective, OutputsLoss, Term
 from kindling.train.strategies import Comms, InProcessComms, ParameterAveraging, SoloComms
 
 INPUT = ArrayStep("x", "x", (4,))
@@ -239,3 +239,26 @@ def test_figures_do_not_depend_on_how_rows_are_spread() -> None:
     for world in (2, 3, 4):
         for figures in InProcessComms.run(world, measured):
             assert figures == alone
+
+
+@pytest.mark.parametrize("target", [True, False])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_loss_of_several_outputs_is_the_mean_of_its_rows(target: bool, weighed: bool) -> None:
+    def gap(a: torch.Tensor, b: torch.Tensor, *truth: torch.Tensor) -> torch.Tensor:
+        return ((a - b).square().sum(1) * (truth[0] if truth else 1)).mean()
+
+    rng = torch.Generator().manual_seed(0)
+    outputs = {name: torch.randn(5, 3, generator=rng, requires_grad=True) for name in ("a", "b")}
+    batch = {"truth": torch.rand(5, generator=rng), "row weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0])}
+    term = Term("b", "truth", OutputsLoss(gap, ("a", "b"), target), 2.0)
+    objective = Objective((term,), "row weight" if weighed else None)
+    rows = (outputs["a"] - outputs["b"]).square().sum(1) * (batch["truth"] if target else 1)
+    torch.testing.assert_close(objective.rows(outputs, batch)[0].float(), rows.detach())
+    expected = (rows * batch["row weight"]).sum() / 5 if weighed else rows.mean()
+    torch.testing.assert_close(objective._mean(term, outputs, batch), expected)
+    assert objective.masses(batch, 5).tolist() == [5.0]
+    figures = Figures(objective, (ValueStep("truth", "truth"),), None, {})
+    figures.update(outputs, batch)
+    found = figures.merged(SoloComms())
+    assert found.keys() == {"rows", "loss"}
+    assert found["loss"] == pytest.approx(2 * float(rows.detach().mean()), rel=1e-6)

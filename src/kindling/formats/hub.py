@@ -7,9 +7,11 @@ net's code cannot be traced, by way of `torch.export` and kindling's reader of i
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from kindling import graph
 from kindling.errors import ConfigError, FormatError, MissingExtraError, ModelError, did_you_mean
+from kindling.formats.hub_text import Wrapped, open_text, reads_text
 from kindling.formats.models import LIBRARIES, Imported
 from kindling.prepare import ImageStep, LabelStep, Preparation
 from kindling.signature import Signature, TensorSpec
@@ -28,6 +31,7 @@ PRETRAINED = "pretrained"
 """What to give as weights for those that the library publishes."""
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
 """Pillow's numbers of its filters."""
+_TEXT_OPTIONS = ("column", "max_length", "pooling")
 _schemas: list[Any] = []
 
 
@@ -41,7 +45,13 @@ def prefix_of(name: str) -> str | None:
     return prefix if separator and prefix in LIBRARIES and rest and not rest.startswith("//") else None
 
 
-def open_named(name: str, weights: Weights = None, *, image: Mapping[str, Any] | None = None) -> Imported:
+def open_named(
+    name: str,
+    weights: Weights = None,
+    *,
+    image: Mapping[str, Any] | None = None,
+    **text: Any,
+) -> Imported:
     """A net of another library.
 
     Args:
@@ -50,10 +60,19 @@ def open_named(name: str, weights: Weights = None, *, image: Mapping[str, Any] |
         weights: a file of the net's own names; `"pretrained"` for those that the library publishes; None draws random
             ones (for `hf:`, None takes the repository's own).
         image: fields of the `ImageStep`, in place of what the library says.
-    Raises: ConfigError, for an unknown name; MissingExtraError; FormatError, for weights that do not fit; ModelError,
-        for a net that is no net of photos to scores.
+        text: of `hub_text.open_text`, for nets of `hf:` that read text: column, max_length, pooling.
+    Raises: ConfigError, for an unknown name or option; MissingExtraError; FormatError, for weights that do not fit;
+        ModelError, for a net that is no net of photos or texts.
     """
     library, _, own = name.partition(":")
+    if unknown := sorted(set(text) - set(_TEXT_OPTIONS)):
+        raise ConfigError("options", unknown, f"mean nothing for {name!r}", f"There are image, {_TEXT_OPTIONS}")
+    if library == "hf":
+        found = _text_of(own, weights, image, text)
+        if found is not None:
+            return found
+    if text:
+        raise ConfigError("options", sorted(text), f"mean nothing for {name!r}, which reads no text", "Leave them out")
     if library == "keras":
         from kindling.formats.keras.applications import open_application
 
@@ -65,7 +84,10 @@ def open_named(name: str, weights: Weights = None, *, image: Mapping[str, Any] |
         from kindling.formats.files import open_weights
         from kindling.formats.weights import into
 
-        module = into(module, open_weights(weights), str(weights))
+        if isinstance(module, Wrapped):
+            module.net = into(module.net, open_weights(weights), str(weights))
+        else:
+            module = into(module, open_weights(weights), str(weights))
     step = ImageStep("image", **{**fields, **(image or {})})
     tall, wide, channels = step.shape
     module = _storable(module.eval(), (channels, tall, wide), name)
@@ -82,8 +104,44 @@ def open_named(name: str, weights: Weights = None, *, image: Mapping[str, Any] |
         preparation=Preparation((step,), () if known is None else (LabelStep("target", "label", known),)),
         labels=known,
         name=own.rpartition("/")[2],
-        source={"library": library, "name": own, "weights": None if weights is None else Path(weights).name},
+        source=_source(library, own, weights),
     )
+
+
+def _source(library: str, own: str, weights: Weights) -> dict[str, Any]:
+    return {"library": library, "name": own, "weights": None if weights is None else Path(weights).name}
+
+
+def _text_of(
+    own: str, weights: Weights, image: Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> Imported | None:
+    """A net of texts of transformers, or None where it is one of photos."""
+    torchvision_first()
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError.of("Loading nets of transformers", "transformers", "hf") from None
+    with warnings.catch_warnings(), _understood(own, "a net of photos or texts"):
+        warnings.simplefilter("ignore")
+        config = transformers.AutoConfig.from_pretrained(own, trust_remote_code=False)
+        if not reads_text(config):
+            return None
+        if image is not None:
+            raise ConfigError("image", dict(image), f"means nothing for {own}, which reads text", "Leave it out")
+        found = open_text(own, config, weights, **options)
+    return dataclasses.replace(found, source=_source("hf", own, weights))
+
+
+@contextlib.contextmanager
+def _understood(name: str, what: str) -> Iterator[None]:
+    """What transformers raises, in one sentence of ours."""
+    try:
+        yield
+    except (ConfigError, FormatError, ModelError):
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise FormatError(f"transformers cannot load {name!r} as {what}: {line}") from error
 
 
 Found = tuple[nn.Module, dict[str, Any], tuple[str, ...] | None]
@@ -180,12 +238,8 @@ def torchvision_first() -> None:
         pass
 
 
-class Scores(nn.Module):
+class Scores(Wrapped):
     """A net of transformers that gives its scores alone."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
 
     def forward(self, image: Tensor) -> Tensor:
         return self.net(pixel_values=image).logits  # type: ignore[no-any-return]
@@ -198,7 +252,7 @@ def _transformers(name: str, weights: Weights) -> Found:
     except ImportError:
         raise MissingExtraError.of("Loading nets of transformers", "transformers", "hf") from None
     kind = transformers.AutoModelForImageClassification
-    try:
+    with _understood(name, "a net of photos to classes"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if weights is None or weights == PRETRAINED:
             net = kind.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
@@ -206,9 +260,6 @@ def _transformers(name: str, weights: Weights) -> Found:
             net = kind.from_config(config)
         mixin = transformers.image_processing_utils.BaseImageProcessor
         said, _ = mixin.get_image_processor_dict(name)
-    except (OSError, ValueError, KeyError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise FormatError(f"transformers cannot load {name!r} as a net of photos to classes: {line}") from error
     labels = tuple(str(config.id2label[key]) for key in sorted(config.id2label))
     return Scores(net), transformers_step(said, name), labels
 
@@ -268,16 +319,26 @@ def _storable(module: nn.Module, row: tuple[int, ...], name: str) -> nn.Module:
             return traced.eval()
     except ModelError:
         pass  # a layer that is on no list: its own operators may be
+    return storable(module, torch.zeros(3, *row), {0: torch.export.Dim("N", min=1, max=1 << 20)}, name)
+
+
+def storable(module: nn.Module, example: Tensor, axes: Mapping[int, Any], name: str) -> nn.Module:
+    """The net as a graph that bundles can hold, by way of `torch.export`.
+
+    Args:
+        example: what it takes.
+        axes: those of the example that may have any size.
+    Raises: ModelError, when there is no way to one.
+    """
     from kindling.formats import pt2
 
     with tempfile.TemporaryDirectory(prefix="kindling-") as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         file = Path(folder) / "net.pt2"
         try:
-            rows = torch.export.Dim("N", min=1, max=1 << 20)
-            program = torch.export.export(module, (torch.zeros(3, *row),), dynamic_shapes=({0: rows},))
+            program = torch.export.export(module, (example,), dynamic_shapes=(dict(axes),))
             torch.export.save(program, file)
         except Exception as error:  # torch.export raises what it likes
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"{name} becomes no graph: {line}") from error
-        return pt2.read(file).module
+        return pt2.read_graph(file)

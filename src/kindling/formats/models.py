@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kindling.errors import ConfigError, FormatError
-from kindling.prepare import Preparation
+from kindling.prepare import Augmentation, Preparation
 from kindling.signature import Signature
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Training:
     multipliers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Parameter name -> factors on the learning rate and on the weight decay."""
     batch_size: int | None = None
-    augment: Mapping[str, Any] = field(default_factory=dict)
-    """Random changes to the input that the format asks for in training, as JSON values: `{"mirror": True}`."""
+    augment: Mapping[str, tuple[Augmentation, ...]] = field(default_factory=dict)
+    """Random changes that the format asks for in training, by input, as `Model.fit` takes them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,6 +41,10 @@ _SYMBOLIC: dict[str, Any] = {
     "_operator.floordiv": operator.floordiv,
     "_operator.neg": operator.neg,
 }
+_OPERATORS = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
+"""Operators of Python by the names they have as functions."""
+_FROM_NOTHING = ("arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros")
+"""They make tensors where the program's input is, whatever device it was exported on."""
 _CHECKS = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_tensor_metadata")
 
 
@@ -79,20 +83,8 @@ def read(
     file = Path(path)
     file = file / "model.pt2" if file.is_dir() else file
     with open_zip(file) as archive:
-        names = archive.names()
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise FormatError(
-                f"{file} is a TorchScript archive: loading one runs code of its own, which kindling does not. Where it "
-                "was made, save torch.export's program (torch.export.save) or the weights (model.state_dict())."
-            )
-        root = next(
-            (name.removesuffix("models/model.json") for name in names if name.endswith("/models/model.json")), None
-        )
-        if root is None:
-            raise FormatError(f"{file} is of an older torch.export, which keeps weights as pickles. Save it again.")
-        program = _json(archive, f"{root}models/model.json", MAX_JSON)
-        text = _extra(archive, f"{root}extra/{METADATA}.json")
-        made = _Program(file, archive, root, program)
+        made = _open(file, archive)
+        text = _extra(archive, f"{made.root}extra/{METADATA}.json")
         module = made.build()
     own = said(text, str(file))
     inputs = made.inputs(input_shape)
@@ -117,6 +109,34 @@ def read(
         name=file.stem,
         source={"format": "torch.export", "file": file.name, "sha256": file_digest(file)},
     )
+
+
+def read_graph(path: str | Path) -> fx.GraphModule:
+    """An exported program's graph alone, whatever its inputs are.
+
+    Raises: FormatError, for what is damaged, hostile or pickled.
+    """
+    from kindling.formats.zipped import open_zip
+
+    with open_zip(Path(path)) as archive:
+        return _open(Path(path), archive).build()
+
+
+def _open(file: Path, archive: Zipped) -> _Program:
+    """The program in an archive.
+
+    Raises: FormatError, where there is none that is read.
+    """
+    names = archive.names()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise FormatError(
+            f"{file} is a TorchScript archive: loading one runs code of its own, which kindling does not. Where it "
+            "was made, save torch.export's program (torch.export.save) or the weights (model.state_dict())."
+        )
+    root = next((name.removesuffix("models/model.json") for name in names if name.endswith("/models/model.json")), None)
+    if root is None:
+        raise FormatError(f"{file} is of an older torch.export, which keeps weights as pickles. Save it again.")
+    return _Program(file, archive, root, _json(archive, f"{root}models/model.json", MAX_JSON))
 
 
 def _json(archive: Zipped, name: str, limit: int) -> Any:
@@ -300,6 +320,7 @@ class _Program:
             written = node["inputs"][0]["arg"]["as_tensor"]["name"]
             if written in self.tensors:
                 return  # a counter
+        name = _OPERATORS.get(name, name)
         if not allowed(name):
             raise FormatError(f"{self.file} calls operator {target[:80]!r}, which is not on kindling's list.")
         label = self._label(node, name)
@@ -314,6 +335,9 @@ class _Program:
                         named.append((str(entry["name"]), argument))
                 else:
                     positional.append(argument)
+            if name in _FROM_NOTHING:
+                inputs.append(self.made[self.user_inputs[0]])
+                named.append(("device", ("at", len(inputs) - 1)))
             if name in ("slice", "slice_scatter"):  # "to the end" is written as the largest whole number there is
                 positional = [(kind, min(what, 2**53) if kind == "v" and isinstance(what, int) else what)
                               for kind, what in positional]  # fmt: skip
@@ -402,6 +426,8 @@ class _Program:
             return "d", str(self._dtype(body)).removeprefix("torch.")
         if kind == "as_memory_format":
             return "m", _MEMORY_FORMATS.get(body, "preserve_format")
+        if kind == "as_device" and inputs:
+            return "at", 0
         if kind in ("as_device", "as_layout"):
             return "v", None
         raise FormatError(f"{self.file} has an argument of kind {kind!r}, which is not read.")

@@ -1,11 +1,13 @@
-"""Protocol buffers without a schema: one message at a time, bounded, nothing copied that is not read.
+"""Protocol buffers in binary: the walk over fields that every reader of them shares, and messages without a schema.
 
-A reader of a format knows the numbers of the fields it wants; everything else is stepped over.
+Nothing is believed: every length is checked against what is left, the fields of a file are counted, and nothing is
+copied that is not read. A reader of a format knows the numbers of the fields it wants; everything else is stepped over.
 Source: the encoding page of the Protocol Buffers documentation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +16,74 @@ from kindling.errors import FormatError
 
 MAX_FIELDS = 2_000_000
 MAX_DEPTH = 64
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Wire types."""
+_WIDTHS = {FIXED64: 8, FIXED32: 4}
 
 
 @dataclass(slots=True)
 class Budget:
-    """How many fields may still be read, of all messages of a file together."""
+    """How many fields may still be read, of all messages of a file together; and what to call the file."""
 
     what: str
     fields: int = MAX_FIELDS
 
-    def spend(self) -> None:
-        self.fields -= 1
+    def spend(self, count: int = 1) -> None:
+        self.fields -= count
         if self.fields < 0:
             raise FormatError(f"{self.what} has more than {MAX_FIELDS:,} fields, which are refused.")
+
+    def damaged(self, at: int, why: str) -> FormatError:
+        """The error of a message that is none."""
+        return FormatError(f"{self.what} is damaged: {why} at byte {at:,}. Is the file whole?")
+
+
+def varint(data: memoryview, at: int, end: int, budget: Budget) -> tuple[int, int]:
+    """A whole number and where it ends; negative ones as two's complement of 64 bits.
+
+    Raises: FormatError.
+    """
+    value = shift = 0
+    while True:
+        if at >= end or shift > 63:
+            why = "a number is cut short" if at >= end else "a number has more than 10 bytes"
+            raise budget.damaged(at, why)
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, at
+        shift += 7
+
+
+def fields(data: memoryview, at: int, end: int, budget: Budget) -> Iterator[tuple[int, int, int, int, int]]:
+    """(number, wire type, value of a varint, begin, end) of every field; begin and end are those of its value.
+
+    Raises: FormatError, when the bytes from `at` to `end` are no message.
+
+    >>> list(fields(memoryview(bytes([8, 150, 1, 18, 2, 104, 105])), 0, 7, Budget("x.model")))
+    [(1, 0, 150, 1, 3), (2, 2, 0, 5, 7)]
+    """
+    while at < end:
+        budget.spend()
+        start = at
+        tag, at = varint(data, at, end, budget)
+        number, kind = tag >> 3, tag & 7
+        if not 0 < number < 2**29:
+            raise budget.damaged(start, f"field number {number} is none")
+        value, begin = 0, at
+        if kind == VARINT:
+            value, at = varint(data, at, end, budget)
+        elif kind == BYTES:
+            length, begin = varint(data, at, end, budget)
+            at = begin + length
+        elif kind in _WIDTHS:
+            at += _WIDTHS[kind]
+        else:
+            raise budget.damaged(start, f"a field of wire type {kind} is in it")
+        if at > end:
+            raise budget.damaged(start, f"a field of {at - begin:,} bytes does not fit into the {end - begin:,} left")
+        yield number, kind, value, begin, at
 
 
 class Message:
@@ -45,25 +102,8 @@ class Message:
             raise FormatError(f"{budget.what} nests messages deeper than {MAX_DEPTH}, which is refused.")
         self._budget, self._depth = budget, depth
         self._fields: dict[int, list[int | memoryview]] = {}
-        at = 0
-        while at < len(data):
-            budget.spend()
-            key, at = _varint(data, at, budget.what)
-            number, kind = key >> 3, key & 7
-            value: int | memoryview
-            if kind == 0:
-                value, at = _varint(data, at, budget.what)
-            elif kind in (1, 5):
-                size = 8 if kind == 1 else 4
-                value, at = data[at : at + size], at + size
-            elif kind == 2:
-                size, at = _varint(data, at, budget.what)
-                value, at = data[at : at + size], at + size
-            else:
-                raise FormatError(f"{budget.what} is damaged: a field of wire type {kind} is in it.")
-            if at > len(data) or number == 0:
-                raise FormatError(f"{budget.what} is cut off or damaged. Fetch it again.")
-            self._fields.setdefault(number, []).append(value)
+        for number, kind, value, begin, stop in fields(data, 0, len(data), budget):
+            self._fields.setdefault(number, []).append(value if kind == VARINT else data[begin:stop])
 
     @property
     def what(self) -> str:
@@ -120,7 +160,7 @@ class Message:
             at = 0
             while at < len(value):
                 self._budget.spend()
-                one, at = _varint(value, at, self.what)
+                one, at = varint(value, at, len(value), self._budget)
                 found.append(one)
         return [value - (1 << 64) if value >> 63 else value for value in found]
 
@@ -133,16 +173,3 @@ class Message:
         if len(parts) == 1:
             return np.frombuffer(parts[0], dtype)  # type: ignore[arg-type]
         return np.frombuffer(b"".join(parts), dtype)  # type: ignore[arg-type]
-
-
-def _varint(data: memoryview, at: int, what: str) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise FormatError(f"{what} is cut off or damaged. Fetch it again.")
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value & (2**64 - 1), at
-        shift += 7

@@ -75,8 +75,8 @@ class AtenOp(nn.Module):
 
     Args:
         op: name and overload.
-        arguments: each a pair: `("x", k)` is argument k of `forward`; `("v", value)` a plain value; `("l", items)` a
-            list; `("d", name)` a dtype; `("m", name)` a memory format.
+        arguments: each a pair: `("x", k)` is argument k of `forward`, `("at", k)` the device where it is;
+            `("v", value)` a plain value; `("l", items)` a list; `("d", name)` a dtype; `("m", name)` a memory format.
         named: pairs of a keyword and such an argument.
     Raises: FormatError, for an operator that is not on the list.
 
@@ -106,6 +106,8 @@ def _value(argument: Any, inputs: tuple[Any, ...]) -> Any:
     kind, what = argument
     if kind == "x":
         return inputs[what]
+    if kind == "at":
+        return inputs[what].device
     if kind == "v":
         return what
     if kind == "l":

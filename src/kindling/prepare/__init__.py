@@ -6,6 +6,7 @@ from kindling.prepare.columns import ArrayStep, LabelStep, ManyLabelsStep, RowWe
 from kindling.prepare.image import ImageStep
 from kindling.prepare.sequence import LengthStep, SequenceStep
 from kindling.prepare.table import CategoryStep, NumberStep
+from kindling.prepare.text import TokenStep
 
 __all__ = [
     "ArrayStep",
@@ -26,6 +27,7 @@ __all__ = [
     "ScaledArrayStep",
     "SequenceStep",
     "Step",
+    "TokenStep",
     "ValueStep",
     "step_type",
 ]

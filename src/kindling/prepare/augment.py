@@ -7,10 +7,14 @@ the same whichever worker has the row, and whichever rows are beside it. It work
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -55,11 +59,20 @@ class Augmentation(ABC):
         Args:
             images: uint8, shape (N, H, W, C); not to be written to.
             channels: `"RGB"`, `"BGR"` or `"L"`.
-        Returns: the same dtype and shape.
+        Returns: the same dtype; the same shape, less `spent` pixels of height and of width.
         """
+
+    @property
+    def spent(self) -> int:
+        """Pixels that the images lose in height and in width: so much larger they are packed."""
+        return 0
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    def told(self) -> dict[str, Any]:
+        """JSON for a run's record."""
+        return self.to_json()
 
 
 _REGISTRY: dict[str, type[Augmentation]] = {}
@@ -127,30 +140,45 @@ class RandomFlip(Augmentation):
 @augmentation_type("crop")
 @dataclass(frozen=True)
 class RandomCrop(Augmentation):
-    """Move the image by up to `padding` pixels each way; what is left free is filled.
+    """Cut the image out at random: of itself with `padding` pixels on each side, and of `spare` more of the picture.
 
-    The same as padding by so much and cutting the old size out of it at random.
+    With `spare`, pictures are packed so much larger than the model takes them, where its `ImageStep` scales them to
+    more than it cuts out: `RandomCrop(padding=0, spare=32)` for pictures of 256 pixels and a net of 224.
+
+    >>> RandomCrop(padding=0)
+    Traceback (most recent call last):
+    kindling.errors.ConfigError: padding=0 leaves one place to cut at. Use 1 or more, or spare=.
     """
 
     padding: int = 4
     fill: str = "edge"
     """`"edge"` repeats the border, `"reflect"` mirrors it, `"black"` is 0."""
+    spare: int = 0
+    """Pixels of the picture beyond the size that is cut out, in height and in width."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.padding, int) or self.padding < 1:
-            raise ConfigError("padding", self.padding, "is no number of pixels to move by", "Use 1 or more")
+        for name, value in (("padding", self.padding), ("spare", self.spare)):
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(name, value, "is no number of pixels to move by", "Use 0 or more")
+        if not self.padding and not self.spare:
+            raise ConfigError("padding", 0, "leaves one place to cut at", "Use 1 or more, or spare=")
         if self.fill not in ("edge", "reflect", "black"):
             raise ConfigError("fill", self.fill, "is unknown", "Use 'edge', 'reflect' or 'black'")
+
+    @property
+    def spent(self) -> int:
+        return self.spare
 
     def apply(self, images: np.ndarray, draws: RowDraws, channels: str) -> np.ndarray:
         rows, height, width, _ = images.shape
         by = self.padding
-        mode: Any = "constant" if self.fill == "black" else self.fill
-        padded = np.pad(images, ((0, 0), (by, by), (by, by), (0, 0)), mode=mode)
-        top, left = (draws.uniform(number, 0, 2 * by + 1).astype(np.int64) for number in (0, 1))
-        down = (top[:, None] + np.arange(height))[:, :, None]
-        across = (left[:, None] + np.arange(width))[:, None, :]
-        moved: np.ndarray = padded[np.arange(rows)[:, None, None], down, across]
+        if by:
+            mode: Any = "constant" if self.fill == "black" else self.fill
+            images = np.pad(images, ((0, 0), (by, by), (by, by), (0, 0)), mode=mode)
+        top, left = (draws.uniform(number, 0, 2 * by + self.spare + 1).astype(np.int64) for number in (0, 1))
+        down = (top[:, None] + np.arange(height - self.spare))[:, :, None]
+        across = (left[:, None] + np.arange(width - self.spare))[:, None, :]
+        moved: np.ndarray = images[np.arange(rows)[:, None, None], down, across]
         return moved
 
 
@@ -221,3 +249,49 @@ class RandomColor(Augmentation):
                 out = base + (out - base) * factor
             out = np.clip(out, 0, 255)
         return np.rint(out).astype(np.uint8)
+
+
+@augmentation_type("less_picture")
+@dataclass(frozen=True)
+class LessPicture(Augmentation):
+    """Take a picture of numbers off every image, which is float32 from then on; only cuts and flips may follow.
+
+    A mean picture that the net takes off itself stays where it is when an image is cut or mirrored. With its whole in
+    front of such steps, and what the net takes off given back behind them, it goes along.
+
+    >>> step = LessPicture.of(np.full((1, 2, 1), 0.5))
+    >>> step.apply(np.array([[[[3], [4]]]], np.uint8), RowDraws(np.zeros(1, np.uint64), lambda *_: np.zeros(1)), "L")
+    array([[[[2.5],
+             [3.5]]]], dtype=float32)
+    """
+
+    shape: tuple[int, int, int]
+    """Height, width, channels."""
+    numbers: str = dataclasses.field(repr=False)
+    """Little-endian float32 in base64."""
+
+    @classmethod
+    def of(cls, picture: np.ndarray) -> LessPicture:
+        """Args: picture: shape (H, W, C)."""
+        height, width, channels = picture.shape
+        return cls((height, width, channels), base64.b64encode(picture.astype("<f4").tobytes()).decode())
+
+    def __post_init__(self) -> None:
+        try:
+            fits = self.picture.shape == tuple(self.shape)
+        except (ValueError, TypeError, binascii.Error):
+            fits = False
+        if not fits or len(self.shape) != 3:
+            raise ConfigError("shape", self.shape, "is not that of the numbers", "Use LessPicture.of")
+
+    @cached_property
+    def picture(self) -> np.ndarray:
+        """float32, shape (H, W, C)."""
+        return np.frombuffer(base64.b64decode(self.numbers, validate=True), "<f4").reshape(self.shape)
+
+    def apply(self, images: np.ndarray, draws: RowDraws, channels: str) -> np.ndarray:
+        less: np.ndarray = np.subtract(images, self.picture, dtype=np.float32)
+        return less
+
+    def told(self) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": self.shape, "sha256": hashlib.sha256(self.numbers.encode()).hexdigest()}

@@ -285,3 +285,28 @@ class ValueStep(ArrayStep):
     """A number (or a list of numbers) to predict, for regression and losses that take the target as it is."""
 
     shape: tuple[int, ...] = ()
+
+
+@step_type("nothing")
+@dataclass(frozen=True)
+class NothingStep(Step):
+    """In place of a target, for a loss that has none: a zero for each row, whatever the column holds.
+
+    >>> step = NothingStep("target", "content")
+    >>> step.batch(step.pack(pa.RecordBatch.from_pydict({"content": [b"x", None]})).arrays)
+    tensor([0, 0])
+    """
+
+    name: str
+    column: str
+
+    def packed_spec(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {self.name: ("int64", ())}
+
+    def pack(self, rows: pa.RecordBatch) -> Packed:
+        return Packed({self.name: np.zeros(rows.num_rows, np.int64)}, {})
+
+    def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(arrays[self.name]))

@@ -9,6 +9,7 @@ reading files is `read/images.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import warnings
@@ -351,8 +352,7 @@ class ImageStep(Step):
         if self.resize == "none" and (height, width) != self.size:
             raise DataError(f"the image is {width} x {height} pixels, not {out_w} x {out_h}, and resize is 'none'")
         scaled_h, scaled_w = self._scaled(height, width)
-        # As torchvision's CenterCrop, with Python's rounding of halves to even.
-        top, left = round((scaled_h - out_h) / 2), round((scaled_w - out_w) / 2)
+        top, left = middle((scaled_h, scaled_w), self.size)
         if pixels.shape[:2] != (scaled_h, scaled_w):
             if self.interpolation in _FAST and scaled_h * scaled_w <= 4 * out_h * out_w:
                 pixels = _resize(pixels, (scaled_h, scaled_w), self.interpolation)
@@ -384,6 +384,69 @@ class ImageStep(Step):
         """Factor and offset of each channel, float32: `(pixel * scale - mean) / std` in one go."""
         mean, std = (np.resize(np.array(part, np.float64), self.shape[2]) for part in (self.mean, self.std))
         return (self.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+@step_type("wide_image")
+@dataclass(frozen=True)
+class WideImageStep(ImageStep):
+    """An image step of a training that cuts at random: rows are packed larger, and their middle is what the net takes.
+
+    >>> step = WideImageStep("image", size=(2, 2), resize_to=4, spare=2)
+    >>> step.packed_spec()
+    {'image': ('uint8', (4, 4, 3))}
+    >>> pixels = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
+    >>> step.batch({"image": np.tile(pixels, 3)})[0, 0].tolist()
+    [[5.0, 6.0], [9.0, 10.0]]
+    """
+
+    spare: int = 0
+    """Pixels beyond `size` in height and in width."""
+
+    @classmethod
+    def of(cls, step: ImageStep, spare: int) -> WideImageStep:
+        """The same step with room for random cuts.
+
+        Raises: ConfigError, where the step scales pictures to no more than it cuts out of them.
+        """
+        return cls(**{part.name: getattr(step, part.name) for part in dataclasses.fields(step)}, spare=spare)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        room = 0 if self.resize_to is None else self.resize_to - max(self.size)
+        if not 0 <= self.spare <= room:
+            raise ConfigError(
+                "spare",
+                self.spare,
+                f"is more than the {room} pixels that pictures have beyond the size {self.size} of {self.name!r}",
+                "Use no more, or an ImageStep with a larger resize_to",
+            )
+
+    @cached_property
+    def _whole(self) -> ImageStep:
+        fields = {part.name: getattr(self, part.name) for part in dataclasses.fields(ImageStep)}
+        return ImageStep(**{**fields, "size": tuple(side + self.spare for side in self.size)})
+
+    def packed_spec(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return self._whole.packed_spec()
+
+    def pack(self, rows: pa.RecordBatch) -> Packed:
+        return self._whole.pack(rows)
+
+    def batch(self, arrays: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> Tensor:
+        images, (height, width) = arrays[self.name], self.size
+        top, left = middle(images.shape[1:3], self.size)
+        return super().batch({self.name: images[:, top : top + height, left : left + width]}, rng)
+
+
+def middle(whole: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int]:
+    """Top and left of what `size` (height, width) cuts from the middle of `whole`, as torchvision's CenterCrop.
+
+    Halves are rounded to even.
+
+    >>> middle((256, 341), (224, 224))
+    (16, 58)
+    """
+    return round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
 
 
 class _FileRows:

@@ -20,7 +20,7 @@ from kindling.evaluate import ExactSum, Tally
 from kindling.many_labels import LabelReport, LabelTally
 from kindling.prepare import LabelStep, Step
 from kindling.prepare.columns import ManyLabelsStep
-from kindling.train.objective import Objective
+from kindling.train.objective import Objective, OutputsLoss
 from kindling.train.strategies import Comms
 
 
@@ -78,7 +78,9 @@ class Figures:
         self._tallies: list[Tally | LabelTally] = []
         for place, term in enumerate(objective.terms):
             step = steps[term.target]
-            if isinstance(step, ManyLabelsStep):
+            if isinstance(term.loss, OutputsLoss):
+                self._tallies.append(Tally(None))
+            elif isinstance(step, ManyLabelsStep):
                 self._tallies.append(LabelTally(len(step.labels)))
             elif place == 0:
                 self._tallies.append(Tally(classes))
@@ -93,10 +95,12 @@ class Figures:
         """Count a batch."""
         terms = self._objective.terms
         for tally, term, losses in zip(self._tallies, terms, self._objective.rows(outputs, batch), strict=True):
-            tally.update(outputs[term.output], batch[term.target], losses)
-        seen: Any = {term.output: outputs[term.output] for term in terms}
+            joint = isinstance(term.loss, OutputsLoss)  # there is a loss and nothing to compare
+            pair = (losses, losses) if joint else (outputs[term.output], batch[term.target])
+            tally.update(*pair, losses)
+        seen: Any = {name: outputs[name] for term in terms for name in term.outputs}
         truth: Any = {term.output: batch[term.target] for term in terms}
-        if len(terms) == 1:
+        if len(seen) == 1:
             seen, truth = seen[terms[0].output], truth[terms[0].output]
         for metric in self._own.values():
             metric.update(seen, truth)
@@ -108,6 +112,7 @@ class Figures:
         for place, (tally, term) in enumerate(zip(self._tallies, self._objective.terms, strict=True)):
             found = _figures_of(tally, comms.gather(tally.to_vector()))
             figures["rows"] = found.pop("rows")
+            found = {"loss": found["loss"]} if isinstance(term.loss, OutputsLoss) else found
             losses.append(found["loss"])
             prefix = f"{term.output}." if place else ""
             figures |= {prefix + name: figure for name, figure in found.items() if place or name != "loss"}

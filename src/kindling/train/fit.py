@@ -98,7 +98,8 @@ def fit(
     spark = df.sparkSession
     began = time.time()
     targets = read_targets(model, df, target, loss, loss_weights, weight_column)
-    preparation = Preparation(model.preparation.inputs, targets.packed)
+    changes = preflight.read_augment(model, augment)
+    preparation = Preparation(preflight.with_room(model.preparation.inputs, changes), targets.packed)
     rows = df, validation
     if validation is not None and weight_column is not None and weight_column not in validation.columns:
         validation = _weighted_alike(validation, weight_column)
@@ -107,7 +108,6 @@ def fit(
     for frame, name in ((df, "the training data"), (validation, "the validation data")):
         if frame is not None:
             preflight.check_columns(frame, list(dict.fromkeys([*needed, *key_columns])), name)
-    changes = preflight.read_augment(model, augment)
     split, tail, tail_signature, tail_preparation = _cut(model, preparation, whole=bool(changes))
     code = UserCode(
         optimizer=optimizer or preflight.default_optimizer,
@@ -125,7 +125,7 @@ def fit(
         place, beacon, earlier = _run_directory(run, resume, spark, stack)
         run_name = Path(str(run)).name if run else f"run-{secrets.token_hex(4)}"
         asked = _describe(model, settings, code, workers, threads, run_name, key_columns)
-        asked["augment"] = {name: [step.to_json() for step in steps] for name, steps in changes.items()}
+        asked["augment"] = {name: [step.told() for step in steps] for name, steps in changes.items()}
         asked["about"] = dict(about or {})
         own_batch = settings.batch_size * settings.accumulate * workers
         asked["global_batch"] = global_batch = runs.global_batch(own_batch, asked, earlier)
@@ -187,7 +187,7 @@ def fit(
             preparation=tail_preparation.to_json(),
             frozen=model.frozen,
             classes=targets.classes,
-            augment=asked["augment"],
+            augment={name: [step.to_json() for step in steps] for name, steps in changes.items()},
             code=ship.pickled(code, "optimizer, loss, schedule, metrics"),
             run_directory=place.path,
             directory_asked=run is not None,

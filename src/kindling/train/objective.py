@@ -28,14 +28,56 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class OutputsLoss:
+    """A loss of several outputs together, with or without a target: `loss(*outputs, target)`, a mean over rows.
+
+    Given to `Model.fit` under the name of one of the outputs, whose target it takes.
+
+    >>> OutputsLoss(nn.TripletMarginLoss(), ("anchor", "like", "unlike"), target=False).outputs[0]
+    'anchor'
+    """
+
+    loss: Callable[..., Tensor]
+    outputs: tuple[str, ...]
+    """In the order in which the loss takes them."""
+    target: bool = True
+    """Whether a target follows them; else no column is read for it."""
+
+    def of(self, outputs: Mapping[str, Tensor], target: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The mean over some rows."""
+        given = [outputs[name] for name in self.outputs] + ([target] if self.target else [])
+        return self.loss(*(tensor[rows] for tensor in given))
+
+
+@dataclass(frozen=True)
 class Term:
     """One loss: which output is held against which target, and how much it counts."""
 
     output: str
     target: str
     """Name in the batch."""
-    loss: LossFunction
+    loss: LossFunction | OutputsLoss
     weight: float = 1.0
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """All outputs that it reads."""
+        return self.loss.outputs if isinstance(self.loss, OutputsLoss) else (self.output,)
+
+    def rows(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Each row's loss: shape (N,)."""
+        own, target = outputs[self.output], batch[self.target]
+        if not isinstance(self.loss, OutputsLoss):
+            return loss_rows(self.loss, own, target)
+        parts = [self.loss.of(outputs, target, slice(row, row + 1)).reshape(()) for row in range(len(own))]
+        return torch.stack(parts) if parts else own.new_zeros(0)
+
+    def mean(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean over the batch's rows."""
+        own, target = outputs[self.output], batch[self.target]
+        if isinstance(self.loss, OutputsLoss):
+            return self.loss.of(outputs, target)
+        return self.loss(own, aligned(self.loss, own, target))
 
 
 @dataclass(frozen=True)
@@ -113,7 +155,7 @@ class Objective:
         try:
             with _autocast(batch, precision):
                 outputs = signature.call(module, batch)
-                values = [self._mean(term, outputs[term.output], batch) for term in self.terms]
+                values = [self._mean(term, outputs, batch) for term in self.terms]
         except KindlingError:
             raise
         except Exception as error:  # whatever a user's net or loss function may raise
@@ -131,20 +173,16 @@ class Objective:
                 )
         return [value.reshape(()) for value in values]
 
-    def _mean(self, term: Term, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        targets = batch[term.target]
+    def _mean(self, term: Term, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         if self.row_weight is None:
-            return term.loss(outputs, aligned(term.loss, outputs, targets))
+            return term.mean(outputs, batch)
         weights = batch[self.row_weight]
-        total = (loss_rows(term.loss, outputs, targets) * weights).sum()
+        total = (term.rows(outputs, batch) * weights).sum()
         return total / max(self._mass(term, batch, len(weights)), torch.finfo(torch.float32).tiny)
 
     def rows(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[Tensor]:
         """Each row's loss by each term, without the rows' weights: shape (N,), float64."""
-        return [
-            loss_rows(term.loss, outputs[term.output], batch[term.target]).double().detach().cpu()
-            for term in self.terms
-        ]
+        return [term.rows(outputs, batch).double().detach().cpu() for term in self.terms]
 
     def total(self, means: Sequence[float]) -> float:
         """The terms' means as one number."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kindling.errors import ConfigError, DataError, ModelError, TrainingError, did_you_mean
-from kindling.prepare import Augmentation, ImageStep, Preparation, SequenceStep
+from kindling.prepare import Augmentation, ImageStep, Preparation, SequenceStep, Step
+from kindling.prepare.image import WideImageStep
 from kindling.randomness import borrowed
 from kindling.signature import Signature
 
@@ -56,6 +57,18 @@ def read_augment(model: Model, augment: Augment) -> dict[str, tuple[Augmentation
                     "augment", step, "is no augmentation", "Use those of kindling.prepare: RandomFlip(), ..."
                 )
     return {name: tuple(steps) for name, steps in augment.items()}
+
+
+def with_room(inputs: Sequence[Step], changes: Mapping[str, Sequence[Augmentation]]) -> tuple[Step, ...]:
+    """The steps that pack training rows: images as much larger as random cuts take off them.
+
+    Raises: ConfigError, where pictures have no room for that.
+    """
+    wide: list[Step] = []
+    for step in inputs:
+        spent = sum(change.spent for change in changes.get(step.name, ()))
+        wide.append(WideImageStep.of(step, spent) if spent and isinstance(step, ImageStep) else step)
+    return tuple(wide)
 
 
 def place_columns(df: DataFrame, needed: Sequence[str], key: str | None) -> list[str]:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from kindling.errors import ConfigError, DataError, ModelError, did_you_mean
 from kindling.prepare import LabelStep, ManyLabelsStep, RowWeightStep, Step, ValueStep
+from kindling.prepare.columns import NothingStep
 from kindling.signature import TensorSpec
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
     from kindling.model import Model
-    from kindling.train.objective import Objective
+    from kindling.train.objective import Objective, OutputsLoss
 
-Loss = Callable[..., Any]
+Loss: TypeAlias = "Callable[..., Any] | OutputsLoss"
 _WEIGHT = "row weight"
 _WHOLE = ("tinyint", "smallint", "int", "bigint", "boolean")
 
@@ -29,8 +30,8 @@ _WHOLE = ("tinyint", "smallint", "int", "bigint", "boolean")
 class Targets:
     """What was found."""
 
-    steps: tuple[Step, ...]
-    """Of the targets; they stay with the model."""
+    read: tuple[Step, ...]
+    """What each term of the objective is held against."""
     weight: Step | None
     """Of the rows' weights; only training needs it."""
     labels: tuple[str, ...] | None
@@ -38,13 +39,18 @@ class Targets:
     objective: Objective
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """Of the targets; they stay with the model."""
+        return tuple(step for step in self.read if not isinstance(step, NothingStep))
+
+    @property
     def packed(self) -> tuple[Step, ...]:
-        return self.steps if self.weight is None else (*self.steps, self.weight)
+        return self.read if self.weight is None else (*self.read, self.weight)
 
     @property
     def classes(self) -> int | None:
         """How many classes the first output tells apart, or None."""
-        first = self.steps[0]
+        first = self.read[0]
         return len(first.labels) if isinstance(first, LabelStep) else None
 
 
@@ -64,7 +70,7 @@ def read_targets(
         loss_weights: by the outputs' names; others count 1.
     Raises: ConfigError, DataError, ModelError: what does not fit.
     """
-    from kindling.train.objective import Objective, Term
+    from kindling.train.objective import Objective, OutputsLoss, Term
 
     outputs = model.signature.outputs
     columns = _columns(model, target)
@@ -85,13 +91,29 @@ def read_targets(
         first = output == next(iter(outputs))
         name = "target" if first and len(columns) == 1 else f"target {output}"  # see Preparation.by_output
         own = model.labels if first else None
-        names, step = _read(df, column, name, outputs[output], output, own, losses.get(output))
+        given = losses.get(output)
+        if isinstance(given, OutputsLoss):
+            _check_outputs(given, output, outputs)
+        names, step = own, cast(Step, NothingStep(name, model.preparation.inputs[0].column))
+        if not isinstance(given, OutputsLoss) or given.target:
+            names, step = _read(df, column, name, outputs[output], output, own, given)
         labels = names if first else labels
         steps.append(step)
-        terms.append(Term(output, name, losses.get(output) or usual_loss(step), float(weights.get(output, 1.0))))
+        terms.append(Term(output, name, given or usual_loss(step), float(weights.get(output, 1.0))))
     weight = None if weight_column is None else RowWeightStep(_WEIGHT, weight_column)
     objective = Objective(tuple(terms), None if weight is None else weight.name)
     return Targets(tuple(steps), weight, labels, objective)
+
+
+def _check_outputs(loss: OutputsLoss, output: str, outputs: Mapping[str, TensorSpec]) -> None:
+    """Raises: ConfigError, for a loss of outputs that the net has not, or of none where it is given."""
+    for name in loss.outputs:
+        if name not in outputs:
+            raise ConfigError(
+                "loss", name, f"is no output of the net.{did_you_mean(name, outputs)}", "Name one of them"
+            )
+    if output not in loss.outputs:
+        raise ConfigError("loss", output, f"is none of the outputs {loss.outputs} of its loss", "Give it under one")
 
 
 def _columns(model: Model, target: str | Mapping[str, str] | None) -> dict[str, str]:

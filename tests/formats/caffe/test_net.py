@@ -20,7 +20,7 @@ from kindling.formats.caffe.prototxt import parse
 from kindling.formats.caffe.select import State, select
 from kindling.formats.caffe.upgrade import upgrade
 from kindling.formats.models import Imported, Peek, open_model
-from kindling.prepare import ArrayStep, ImageStep
+from kindling.prepare import ArrayStep, ImageStep, RandomCrop, RandomFlip
 
 Make = Callable[..., Imported]
 DEPLOY = """
@@ -323,7 +323,7 @@ def test_a_training_net_keeps_its_losses_metrics_and_factors_beside_the_graph(ne
     assert training.multipliers == {
         "conv.weight": (1, 1), "conv.bias": (2, 0), "ip.weight": (0, 1), "ip.bias": (1, 1),
     }  # fmt: skip
-    assert (training.batch_size, dict(training.augment)) == (8, {"crop": 4})
+    assert (training.batch_size, dict(training.augment)) == (8, {"data": (RandomCrop(0, spare=1),)})
     scores, labels = torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.0, 2.0]]), torch.tensor([1, 2])
     assert training.loss(scores, labels).item() == pytest.approx(
         float(nn.functional.cross_entropy(scores, labels)), rel=1e-6
@@ -337,7 +337,8 @@ def test_the_phase_decides_which_layers_there_are(net: Make) -> None:
     made = net(TRAIN_VAL, input_shape=(1, 4, 4), phase="TRAIN")
     assert isinstance(made.module.drop, nn.Dropout)
     assert made.training is not None
-    assert (made.training.batch_size, dict(made.training.augment)) == (16, {"mirror": True, "crop": 4})
+    changes = {"data": (RandomCrop(padding=0, spare=1), RandomFlip())}
+    assert (made.training.batch_size, dict(made.training.augment)) == (16, changes)
     assert not made.training.metrics
     with pytest.raises(FormatError, match="no phase 'test'"):
         net(TRAIN_VAL, phase="test")
@@ -406,7 +407,7 @@ def test_what_a_data_layer_does_becomes_the_preparation(net: Make) -> None:
     made = net(TRAIN_VAL, W)
     (step,) = made.preparation.inputs
     assert isinstance(step, ImageStep)
-    assert (step.channels, step.size, step.resize, step.resize_to) == ("L", (4, 4), "shorter", 256)
+    assert (step.channels, step.size, step.resize, step.resize_to) == ("L", (4, 4), "shorter", 5)
     assert "does not say" in made.source["preparation"]["data"]
     file = io.BytesIO()
     Image.new("L", (256, 300), 130).save(file, "PNG")

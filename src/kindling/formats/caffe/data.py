@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import numpy as np
 from kindling.errors import ConfigError, FormatError
 from kindling.formats.caffe.schema import Message, where
 from kindling.formats.caffe.wire import Blob, decode, open_view
-from kindling.prepare import ArrayStep, ImageStep, Step
+from kindling.prepare import ArrayStep, Augmentation, ImageStep, RandomCrop, RandomFlip, Step
+from kindling.prepare.augment import LessPicture
+from kindling.prepare.image import middle
 
 PARAMETERS: Mapping[str, str] = {
     "Data": "data_param",
@@ -168,7 +170,8 @@ class Prepared:
     """A picture to take off inside the net, already cut to the row's shape."""
     scale: float = 1.0
     """The factor after that picture."""
-    augment: Mapping[str, Any] = field(default_factory=dict)
+    augment: tuple[Augmentation, ...] = ()
+    """What the data layer does at random in training."""
     note: str = ""
 
 
@@ -196,16 +199,15 @@ def prepare(
     picture = len(row) == 3 and row[0] in (1, 3)
     stated = source.is_picture or (source.type == "MemoryData" and transform.values and not source.is_label)
     crop = transform.get("crop_size")
-    augment = {"mirror": True} if transform.get("mirror") else {}
-    if crop and stated:
-        augment["crop"] = crop
     if not picture or missing is not None or not (stated or image is not None or mean is not None):
         note = "the file states no preparation: rows are the net's own numbers"
         if missing is not None:
             note = f"rows are the net's own numbers: the mean file {missing!r} is not at hand; give it as mean="
         elif stated and not picture:
             note = f"rows are the net's own numbers: {row[0] if row else 0} channels are no picture"
-        return Prepared(step=ArrayStep(source.name, source.name, row), row=row, augment=augment, note=note)
+        if stated and (crop or transform.get("mirror")):
+            note += "; they are neither cut nor mirrored at random"
+        return Prepared(step=ArrayStep(source.name, source.name, row), row=row, note=note)
     if not (math.isfinite(factor) and factor > 0):
         raise FormatError(f"input {source.name!r} is scaled by {factor}, which leaves nothing to learn from.")
     fields: dict[str, Any] = {"size": row[1:], "channels": "BGR" if row[0] == 3 else "L"}
@@ -213,14 +215,17 @@ def prepare(
     inside = None
     notes = []
     if crop:
-        full = numbers.shape[1] if numbers is not None and numbers.ndim == 3 else max(256, crop)
-        if full > crop:
+        said = numbers is not None and numbers.ndim == 3
+        full = min(numbers.shape[1:]) if numbers is not None and said else usual_size(crop)
+        if full > max(row[1:]):
             fields |= {"resize": "shorter", "resize_to": full}
-        notes.append(f"the shorter side is scaled to {full} pixels, which the file does not say")
+        if not said and "resize_to" not in (image or {}):
+            notes.append(f"the shorter side is scaled to {full} pixels, which the file does not say")
     elif source.is_picture:
         fields |= {"resize": "squash"}
     if row[0] == 1:
-        fields["raw_shape"] = row[1:]
+        side = {**fields, **(image or {})}.get("resize_to")
+        fields["raw_shape"] = (side, side) if crop and side else row[1:]
     if numbers is not None and numbers.ndim == 3:
         inside = fit_mean(numbers, row)
     else:
@@ -243,9 +248,35 @@ def prepare(
         row=row,
         mean=inside,
         scale=factor if inside is not None else 1.0,
-        augment=augment,
+        augment=_changes(step, crop if stated else 0, bool(transform.get("mirror")), numbers),
         note="; ".join(notes),
     )
+
+
+def _changes(step: ImageStep, crop: int, mirror: bool, mean: np.ndarray | None) -> tuple[Augmentation, ...]:
+    """What Caffe's data transformer does at random in training: cut a place out, mirror every second picture.
+
+    A mean picture is taken off before: it is cut and mirrored with the pixels. The net takes off its middle, as Caffe
+    does when it tests; here, that middle is added before.
+    """
+    spare = step.resize_to - max(step.size) if crop and step.resize_to is not None else 0
+    changes: list[Augmentation] = [RandomCrop(padding=0, spare=spare)] if spare else []
+    changes += [RandomFlip()] if mirror else []
+    if not changes or mean is None or mean.ndim != 3:
+        return tuple(changes)
+    tall, wide = step.size
+    whole = fit_mean(mean, (mean.shape[0], tall + spare, wide + spare)).transpose(1, 2, 0)
+    inside = fit_mean(mean, (mean.shape[0], tall, wide)).transpose(1, 2, 0)
+    return LessPicture.of(whole), *changes, LessPicture.of(-inside)
+
+
+def usual_size(crop: int) -> int:
+    """How large pictures usually are of which a square is cut: ImageNet's of 256 pixels, CIFAR's of 32.
+
+    >>> [usual_size(crop) for crop in (224, 227, 299, 28)]
+    [256, 256, 299, 32]
+    """
+    return max(256, crop) if crop >= 192 else round(crop * 8 / 7)
 
 
 def fit_mean(mean: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
@@ -258,5 +289,5 @@ def fit_mean(mean: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
     """
     if mean.shape[0] != row[0] or mean.shape[1] < row[1] or mean.shape[2] < row[2]:
         raise FormatError(f"a mean picture of shape {mean.shape} does not cover pictures of shape {row}.")
-    top, left = (mean.shape[1] - row[1]) // 2, (mean.shape[2] - row[2]) // 2
+    top, left = middle(mean.shape[1:], row[1:])
     return np.ascontiguousarray(mean[:, top : top + row[1], left : left + row[2]])

@@ -544,13 +544,10 @@ class _Builder:
             ]
             return losses.Objective(terms, outputs, targets)
 
-        augment: dict[str, Any] = {}
-        for prepared in self.prepared.values():
-            augment |= prepared.augment
         return Training(
             loss=objective(self.losses) if self.losses else None,
             metrics={str(part.layer.get("name")): objective([part]) for part in self.metrics},
             multipliers=report.multipliers,
             batch_size=self.batch,
-            augment=augment,
+            augment={each.step.name: each.augment for each in self.prepared.values() if each.augment},
         )

@@ -1,8 +1,8 @@
-"""Reader of protobuf's binary format, for `.caffemodel` and `.binaryproto`: structure now, numbers when asked for.
+"""`.caffemodel` and `.binaryproto` by Caffe's schema: structure now, numbers when asked for.
 
-Nothing is believed: every length is checked against what is left of the file, nesting is as deep as `schema.py` says
-and no deeper, and the numbers of a blob stay where they are in the file until `Blob.array` copies them. A maintained
-protobuf library would copy every weight into Python objects or a second buffer first.
+The walk over the bytes is `formats/wire.py`'s. Nesting is as deep as `schema.py` says and no deeper, and the numbers of
+a blob stay where they are in the file until `Blob.array` copies them. A maintained protobuf library would copy every
+weight into Python objects or a second buffer first.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import numpy as np
 
 from kindling.errors import FormatError
 from kindling.formats.caffe.schema import Field, Message, by_number, enums, merge, messages
+from kindling.formats.wire import BYTES, FIXED32, FIXED64, VARINT, Budget, fields, varint
 
-MAX_FIELDS = 2_000_000
 MAX_AXES = 32
 """Caffe's own limit for the axes of a blob."""
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _RAW_TYPES = {0: "<f8", 1: "<f4", 2: "<f2"}
 _WEIGHT_FIELDS = {
     "LayerParameter": frozenset({"name", "type", "blobs"}),
@@ -95,65 +94,22 @@ def decode(data: memoryview | bytes, message: str, what: str = "the file", *, we
 
 class _Decoder:
     def __init__(self, what: str, weights_only: bool) -> None:
-        self.what = what
+        self.budget = Budget(what)
         self.weights_only = weights_only
-        self.count = 0
-
-    def error(self, at: int, why: str) -> FormatError:
-        return FormatError(f"{self.what}: {why} at byte {at:,}. Is the file whole, and Caffe's?")
-
-    def varint(self, view: memoryview, at: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            if at >= end or shift > 63:
-                raise self.error(at, "a number is cut short" if at >= end else "a number has more than 10 bytes")
-            byte = view[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value & 0xFFFF_FFFF_FFFF_FFFF, at
-            shift += 7
-
-    def fields(self, view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """(number, wire type, value of a varint, begin, end) of every field; begin and end are those of its value."""
-        while at < end:
-            self.count += 1
-            if self.count > MAX_FIELDS:
-                raise self.error(at, f"there are more than {MAX_FIELDS:,} fields")
-            start = at
-            tag, at = self.varint(view, at, end)
-            number, kind = tag >> 3, tag & 7
-            if not 0 < number < 2**29:
-                raise self.error(start, f"field number {number} is none")
-            value, begin = 0, at
-            if kind == _VARINT:
-                value, at = self.varint(view, at, end)
-            elif kind == _FIXED64:
-                at += 8
-            elif kind == _FIXED32:
-                at += 4
-            elif kind == _BYTES:
-                length, begin = self.varint(view, at, end)
-                at = begin + length
-            else:
-                raise self.error(start, f"wire type {kind} is none that Caffe writes")
-            if at > end:
-                raise self.error(start, f"a field of {at - begin:,} bytes does not fit into the {end - begin:,} left")
-            yield number, kind, value, begin, at
 
     def message(self, view: memoryview, at: int, end: int, name: str) -> Message:
         made = Message(name)
         known = by_number(name)
         wanted = _WEIGHT_FIELDS.get(name) if self.weights_only else None
-        for number, kind, value, begin, stop in self.fields(view, at, end):
+        for number, kind, value, begin, stop in fields(view, at, end, self.budget):
             entry = known.get(number)
             if entry is None or (wanted is not None and entry.name not in wanted):
                 continue
             if entry.type == "BlobProto":
-                self.need(kind == _BYTES, begin, entry)
+                self.need(kind == BYTES, begin, entry)
                 made.add(entry.name, self.blob(view, begin, stop))
             elif entry.type in messages():
-                self.need(kind == _BYTES, begin, entry)
+                self.need(kind == BYTES, begin, entry)
                 self.into(made, entry, self.message(view, begin, stop, entry.type))
             else:
                 for scalar in self.scalars(view, entry, kind, value, begin, stop):
@@ -171,28 +127,26 @@ class _Decoder:
 
     def need(self, right: bool, at: int, entry: Field) -> None:
         if not right:
-            raise self.error(at, f"field {entry.name!r} is not written as {entry.type}")
+            raise self.budget.damaged(at, f"field {entry.name!r} is not written as {entry.type}")
 
     def scalars(self, view: memoryview, entry: Field, kind: int, value: int, begin: int, stop: int) -> Iterator[Any]:
         if entry.type in ("str", "bytes"):
-            self.need(kind == _BYTES, begin, entry)
+            self.need(kind == BYTES, begin, entry)
             raw = bytes(view[begin:stop])
             yield raw if entry.type == "bytes" else raw.decode("utf-8", "replace")
         elif entry.type in ("float", "double"):
-            width, wire = (4, _FIXED32) if entry.type == "float" else (8, _FIXED64)
-            self.need(kind == wire or (kind == _BYTES and entry.repeated and (stop - begin) % width == 0), begin, entry)
-            self.count += (stop - begin) // width
-            self.need(self.count <= MAX_FIELDS, begin, entry)
+            width, wire = (4, FIXED32) if entry.type == "float" else (8, FIXED64)
+            self.need(kind == wire or (kind == BYTES and entry.repeated and (stop - begin) % width == 0), begin, entry)
+            self.budget.spend((stop - begin) // width)
             yield from np.frombuffer(view[begin:stop], f"<f{width}").tolist()
-        elif kind == _BYTES and entry.repeated:
+        elif kind == BYTES and entry.repeated:
             at = begin
             while at < stop:
-                self.count += 1
-                self.need(self.count <= MAX_FIELDS, at, entry)
-                value, at = self.varint(view, at, stop)
+                self.budget.spend()
+                value, at = varint(view, at, stop, self.budget)
                 yield self.integer(value, entry)
         else:
-            self.need(kind == _VARINT, begin, entry)
+            self.need(kind == VARINT, begin, entry)
             scalar = self.integer(value, entry)
             if scalar is not None:
                 yield scalar
@@ -218,35 +172,37 @@ class _Decoder:
         raw_type = 1
         begin_of_blob = at
         while at < end:
-            number, kind, value, begin, stop = next(self.fields(view, at, end))
+            number, kind, value, begin, stop = next(fields(view, at, end, self.budget))
             entry = known.get(number)
             name = entry.name if entry is not None else ""
             at = stop
             if name == "shape":
-                self.need(kind == _BYTES, begin, known[number])
+                self.need(kind == BYTES, begin, known[number])
                 dims = self.message(view, begin, stop, "BlobShape").all("dim")
                 shape = (shape or ()) + tuple(dims)
             elif name in ("num", "channels", "height", "width"):
-                self.need(kind == _VARINT, begin, known[number])
+                self.need(kind == VARINT, begin, known[number])
                 old[name] = self.integer(value, known[number])
             elif name in ("data", "double_data"):
-                width, wire = (4, _FIXED32) if name == "data" else (8, _FIXED64)
+                width, wire = (4, FIXED32) if name == "data" else (8, FIXED64)
                 if kind == wire:
                     part, at = self.unpacked(view, begin, end, number, width)
                 else:
-                    self.need(kind == _BYTES and (stop - begin) % width == 0, begin, known[number])
+                    self.need(kind == BYTES and (stop - begin) % width == 0, begin, known[number])
                     part = np.frombuffer(view[begin:stop], f"<f{width}")
                 found.parts.append(part)
             elif name == "raw_data_type":
-                self.need(kind == _VARINT, begin, known[number])
+                self.need(kind == VARINT, begin, known[number])
                 raw_type = value
             elif name == "raw_data":
-                self.need(kind == _BYTES, begin, known[number])
+                self.need(kind == BYTES, begin, known[number])
                 raw = view[begin:stop]
         if raw is not None and not found.parts:
             dtype = _RAW_TYPES.get(raw_type)
             if dtype is None or len(raw) % int(dtype[-1]):
-                raise self.error(begin_of_blob, f"raw numbers of type {raw_type} in {len(raw):,} bytes are unknown")
+                raise self.budget.damaged(
+                    begin_of_blob, f"raw numbers of type {raw_type} in {len(raw):,} bytes are unknown"
+                )
             found.parts.append(np.frombuffer(raw, dtype))
         if shape is None and old:
             shape = tuple(old.get(name, 0) for name in ("num", "channels", "height", "width"))
@@ -257,7 +213,7 @@ class _Decoder:
 
     def unpacked(self, view: memoryview, begin: int, end: int, number: int, width: int) -> tuple[np.ndarray, int]:
         """Numbers that have a tag each: all that follow one another at once."""
-        tag = number << 3 | (_FIXED32 if width == 4 else _FIXED64)
+        tag = number << 3 | (FIXED32 if width == 4 else FIXED64)
         record = np.dtype([("tag", "u1"), ("value", f"<f{width}")])
         records = np.frombuffer(view[begin - 1 : end], record, (end - begin + 1) // record.itemsize)
         others = np.flatnonzero(records["tag"] != tag)
@@ -266,9 +222,9 @@ class _Decoder:
 
     def check(self, blob: Blob, at: int) -> None:
         if len(blob.shape) > MAX_AXES or any(not 0 <= size < 2**31 for size in blob.shape):
-            raise self.error(at, f"{str(blob.shape[:8])[:80]} is no shape")
+            raise self.budget.damaged(at, f"{str(blob.shape[:8])[:80]} is no shape")
         if blob.parts and math.prod(blob.shape) != blob.count:
-            raise self.error(at, f"a blob of shape {blob.shape} holds {blob.count:,} numbers")
+            raise self.budget.damaged(at, f"a blob of shape {blob.shape} holds {blob.count:,} numbers")
 
 
 def blob_of_text(message: Message, what: str) -> Blob:
