@@ -120,6 +120,25 @@ def test_kerass_flattening_runs_over_channels_last() -> None:
     assert module.fc.weight[4, 2 * 4 + 1 * 2 + 0] == dense[1, 0, 2, 4]  # torch: channel, height, width
 
 
+def test_large_finite_numbers_are_taken_and_infinite_ones_refused() -> None:
+    module, large = nn.Linear(4, 1, bias=False), torch.full((1, 4), 3e38)  # whose sum is infinite
+    made = into(module, {"weight": Stored((1, 4), "float32", lambda: large)}, "w.pth")
+    assert torch.equal(made.weight, large)  # type: ignore[arg-type]
+    for bad in (float("inf"), float("nan")):
+        broken = torch.tensor([[0.0, 1.0, bad, 2.0]])
+        with pytest.raises(FormatError, match="not finite"):
+            into(module, {"weight": Stored((1, 4), "float32", lambda broken=broken: broken)}, "w.pth")
+
+
+def test_tied_weights_stay_tied() -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    value = torch.arange(4.0).reshape(2, 2)
+    made = into(module, {f"{n}.weight": Stored((2, 2), "float32", lambda: value) for n in (0, 1)}, "w.pth")
+    assert made[0].weight is made[1].weight  # type: ignore[index]
+    assert torch.equal(made[0].weight, value)  # type: ignore[index]
+
+
 def test_a_read_that_fails_names_the_file() -> None:
     tensors = file()
     tensors["c.bias"][1] = float("inf")

@@ -6,6 +6,7 @@ Source: the encoding page of the Protocol Buffers documentation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,6 +134,33 @@ class Message:
         if len(parts) == 1:
             return np.frombuffer(parts[0], dtype)  # type: ignore[arg-type]
         return np.frombuffer(b"".join(parts), dtype)  # type: ignore[arg-type]
+
+
+def fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where the fields of one message are: number, begin of the tag, begin and end of the content.
+
+    Raises: FormatError, when the bytes are no message.
+
+    >>> list(fields(memoryview(bytes([8, 150, 1, 18, 2, 104, 105])), 0, 7))
+    [(1, 0, 1, 3), (2, 3, 5, 7)]
+    """
+    at = start
+    while at < stop:
+        begin = at
+        key, at = _varint(data[:stop], at, "the message")
+        body = at
+        if key & 7 == 0:
+            _, at = _varint(data[:stop], at, "the message")
+        elif key & 7 == 2:
+            size, body = _varint(data[:stop], at, "the message")
+            at = body + size
+        elif key & 7 in (1, 5):
+            at += 8 if key & 7 == 1 else 4
+        else:
+            raise FormatError(f"the message is damaged: a field of wire type {key & 7} is in it.")
+        if at > stop or not key >> 3:
+            raise FormatError("the message is cut off or damaged.")
+        yield key >> 3, begin, body, at
 
 
 def _varint(data: memoryview, at: int, what: str) -> tuple[int, int]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kindling.errors import FormatError, MissingExtraError
+from kindling.formats.files import mapped
+from kindling.formats.wire import fields
 from kindling.nets.onnx_ops.registry import DTYPES, FLOAT8, NARROW, POWERS
 
 
@@ -54,7 +56,65 @@ def open_file(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise FormatError(f"{path} has {size:,} bytes; an ONNX file has fewer than 2 GiB and the rest beside it.")
-    return parse(path.read_bytes(), str(path))
+    data = mapped(path)
+    # A tensor beside the model is looked for in its folder, where a link need not lead.
+    slim = _slim(data, path.name) if path.resolve().parent == path.parent.resolve() else None
+    return parse(bytes(data) if slim is None else slim, str(path))
+
+
+_LARGE_BYTES = 1 << 16
+"""Numbers of a tensor from here on are left where they are, until they are read into the tensor that stays."""
+_GRAPH, _INITIALIZER, _DATA_TYPE, _RAW, _BESIDE, _LOCATION = 7, 5, 2, 9, 13, 14
+"""Fields of ModelProto, GraphProto and TensorProto."""
+
+
+def _slim(data: memoryview, name: str) -> bytes | None:
+    """The model with its large weights told to be in the file itself: protobuf would hold each byte twice.
+
+    None, where the file is not what it should be; protobuf says why then.
+    """
+
+    def varint(value: int) -> bytes:
+        out = bytearray()
+        while value > 127:
+            out.append(value & 127 | 128)
+            value >>= 7
+        return bytes([*out, value])
+
+    def held(number: int, body: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(body)) + body
+
+    def tensor(start: int, stop: int) -> bytes | None:
+        """A tensor without its numbers; None, where they are small or not plain."""
+        kept, raw, kind = bytearray(), None, 0
+        for number, at, body, end in fields(data, start, stop):
+            if number == _RAW:
+                raw = body, end
+                continue
+            if number in (_BESIDE, _LOCATION):
+                return None
+            kind = data[body] if number == _DATA_TYPE else kind
+            kept += data[at:end]
+        if raw is None or raw[1] - raw[0] < _LARGE_BYTES or kind not in DTYPES or DTYPES[kind] in NARROW:
+            return None
+        for key, value in (("location", name), ("offset", str(raw[0])), ("length", str(raw[1] - raw[0]))):
+            kept += held(_BESIDE, held(1, key.encode()) + held(2, value.encode()))
+        return bytes(kept + varint(_LOCATION << 3) + varint(1))
+
+    try:
+        model = bytearray()
+        for number, at, body, end in fields(data, 0, len(data)):
+            if number != _GRAPH:
+                model += data[at:end]
+                continue
+            graph = bytearray()
+            for inner, begin, inside, close in fields(data, body, end):
+                short = tensor(inside, close) if inner == _INITIALIZER else None
+                graph += data[begin:close] if short is None else held(_INITIALIZER, short)
+            model += held(_GRAPH, bytes(graph))
+    except (FormatError, UnicodeError):
+        return None
+    return bytes(model)
 
 
 def parse(data: bytes, what: str) -> Any:
@@ -119,7 +179,7 @@ def key(node: Any) -> str:
 # Tensors
 
 
-def _outside(proto: Any, folder: Path | None, what: str) -> bytes:
+def _outside(proto: Any, folder: Path | None, what: str) -> bytearray:
     """A tensor's bytes from the file beside that it names.
 
     Raises: FormatError, when that is anywhere else, or shorter than it should be.
@@ -144,7 +204,9 @@ def _outside(proto: Any, folder: Path | None, what: str) -> bytes:
         raise FormatError(f"{what}: {location!r} ends before tensor {proto.name!r} does. Is it whole?")
     with target.open("rb") as stream:
         stream.seek(offset)
-        data: bytes = stream.read(length)
+        data = bytearray(length)
+        if stream.readinto(data) != length:
+            raise FormatError(f"{what}: {location!r} ends before tensor {proto.name!r} does. Is it whole?")
         return data
 
 
@@ -154,7 +216,7 @@ def inline(proto: Any, folder: Path | None, what: str) -> None:
     Raises: FormatError.
     """
     if proto.data_location == 1:
-        proto.raw_data = _outside(proto, folder, what)
+        proto.raw_data = bytes(_outside(proto, folder, what))
         del proto.external_data[:]
         proto.data_location = 0
 
@@ -172,7 +234,8 @@ def tensor(proto: Any, folder: Path | None, what: str) -> Tensor:
         raise Unsupported(f"element type {name}")
     dtype, count = DTYPES[kind], math.prod(sizes)
     if dtype not in NARROW and (proto.data_location == 1 or proto.HasField("raw_data")):
-        raw = _outside(proto, folder, what) if proto.data_location == 1 else proto.raw_data
+        outside = proto.data_location == 1
+        raw = _outside(proto, folder, what) if outside else proto.raw_data
         if len(raw) != count * dtype.itemsize:
             raise FormatError(
                 f"{what}: tensor {proto.name!r} holds {len(raw):,} bytes; its shape {sizes[:8]} "
@@ -180,7 +243,7 @@ def tensor(proto: Any, folder: Path | None, what: str) -> Tensor:
             )
         if not raw:
             return torch.zeros(sizes, dtype=dtype, device="cpu")
-        return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(sizes)
+        return torch.frombuffer(raw if outside else bytearray(raw), dtype=dtype).reshape(sizes)
     try:
         array = onnx_package().numpy_helper.to_array(proto)
     except Exception as error:  # the package raises what it likes
