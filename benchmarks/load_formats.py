@@ -37,7 +37,7 @@ def run(bench: Bench) -> None:
         with bench.scratch() as folder:
             asked = {"formats": group, "shape": dataclasses.asdict(shape), "folder": str(folder), "seed": bench.seed}
             sizes = run_program("load_format", {**asked, "task": "write"})
-            asked |= {"threads": bench.cores, "rows": bench["rows"], "forwards": bench["forwards"]}
+            asked |= {"threads": bench.cores, "rows": bench["rows"]}
             seen = run_program("load_format", {**asked, "task": "measure", "rounds": bench.rounds})
             for name in group:
                 keep(bench, name, seen[name], sizes[name]["bytes"])
@@ -91,9 +91,8 @@ CASE = Case(
             "by_name": False,
             "together": True,
             "rows": 2,
-            "forwards": 1,
         },
-        "full": {"shape": {}, "by_name": True, "together": False, "rows": 1, "forwards": 2},
+        "full": {"shape": {}, "by_name": True, "together": False, "rows": 1},
     },
     targets=(
         Target(value=f"{LOAD}, the worst of all formats", at_most=2.0),

@@ -773,7 +773,7 @@ FORMATS = {
         Format(name=".pth, into a Model", file="net.pth", write=_pth, load=_into_model, prepare=_model),
         Format(name=".npz, into a Model", file="net.npz", write=_npz, load=_into_model, prepare=_model),
         Format(name="safetensors, by name", file="net.safetensors", write=_safetensors, load=_by_name, full_only=True),
-        Format(name=".pth, by name", file="net.pth", write=_pth, load=_by_name, full_only=True),
+
         Format(name="Keras .keras", file="net.keras", write=_keras, load=_load, **LAST),
         Format(name="Keras .h5", file="net.h5", write=_keras, load=_load, **LAST),
         Format(name="Keras JSON and .weights.h5", file="net.json", write=_keras_json, load=_with("net.weights.h5"),

@@ -10,6 +10,7 @@ from torch import nn
 
 from kindling.errors import FormatError
 from kindling.formats import Layout, Stored, load, recognise
+from kindling.formats.weights import into
 
 
 def tiny(classes: int | None, bias: bool = True) -> nn.Sequential:
