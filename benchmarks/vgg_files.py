@@ -762,18 +762,6 @@ LAST = {"convolution": (2, 3, 1, 0), "dense": (1, 0), "flattened": (1, 2, 0)}
 FORMATS = {
     made.name: made
     for made in (
-        Format(name="Caffe .caffemodel", file="net.prototxt", write=_caffemodel, load=_with("net.caffemodel"),
-               data="net.caffemodel"),
-        Format(name="Caffe HDF5", file="net.prototxt", write=_caffe_hdf5, load=_with("net.caffemodel.h5"),
-               data="net.caffemodel.h5"),
-        Format(name="ONNX", file="net.onnx", write=_onnx, load=_load),
-        Format(name="PyTorch .pt2", file="net.pt2", write=_pt2, load=_load),
-        Format(name="safetensors, into a Model", file="net.safetensors", write=_safetensors, load=_into_model,
-               prepare=_model),
-        Format(name=".pth, into a Model", file="net.pth", write=_pth, load=_into_model, prepare=_model),
-        Format(name=".npz, into a Model", file="net.npz", write=_npz, load=_into_model, prepare=_model),
-        Format(name="safetensors, by name", file="net.safetensors", write=_safetensors, load=_by_name, full_only=True),
-
         Format(name="Keras .keras", file="net.keras", write=_keras, load=_load, **LAST),
         Format(name="Keras .h5", file="net.h5", write=_keras, load=_load, **LAST),
         Format(name="Keras JSON and .weights.h5", file="net.json", write=_keras_json, load=_with("net.weights.h5"),
@@ -786,6 +774,17 @@ FORMATS = {
         Format(name="Deeplearning4j zip", file="net.zip", write=_dl4j, load=_load_rows, dtype=">f4",
                member="coefficients.bin"),
         Format(name="BigDL", file="net.bigdl", write=_bigdl, load=_load_rows),
+        Format(name="Caffe .caffemodel", file="net.prototxt", write=_caffemodel, load=_with("net.caffemodel"),
+               data="net.caffemodel"),
+        Format(name="Caffe HDF5", file="net.prototxt", write=_caffe_hdf5, load=_with("net.caffemodel.h5"),
+               data="net.caffemodel.h5"),
+        Format(name="ONNX", file="net.onnx", write=_onnx, load=_load),
+        Format(name="PyTorch .pt2", file="net.pt2", write=_pt2, load=_load),
+        Format(name="safetensors, into a Model", file="net.safetensors", write=_safetensors, load=_into_model,
+               prepare=_model),
+        Format(name=".pth, into a Model", file="net.pth", write=_pth, load=_into_model, prepare=_model),
+        Format(name=".npz, into a Model", file="net.npz", write=_npz, load=_into_model, prepare=_model),
+        Format(name="safetensors, by name", file="net.safetensors", write=_safetensors, load=_by_name, full_only=True),
     )
 }  # fmt: skip
 """By name, in the order of the tables."""

@@ -140,6 +140,16 @@ def test_tied_weights_stay_tied() -> None:
     assert torch.equal(made[0].weight, value)  # type: ignore[index]
 
 
+def test_what_is_never_saved_is_kept() -> None:
+    module = nn.Linear(2, 1, bias=False)
+    module.register_buffer("grid", torch.tensor([7.0, 8.0]), persistent=False)
+    made = into(module, {"weight": Stored((1, 2), "float32", lambda: torch.ones(1, 2))}, "w.pth")
+    assert torch.equal(made.grid, torch.tensor([7.0, 8.0]))  # type: ignore[arg-type]
+    assert made.grid is not module.grid
+    half = into(module.half(), {"weight": Stored((1, 2), "float32", lambda: torch.ones(1, 2))}, "w.pth")
+    assert half.weight.dtype == torch.float16
+
+
 def test_a_read_that_fails_names_the_file() -> None:
     tensors = file()
     tensors["c.bias"][1] = float("inf")

@@ -187,17 +187,25 @@ def into(module: nn.Module, stored: StoredTensors, what: str) -> nn.Module:
             hint = "" if say != "has" else ", which the model has not"
             raise FormatError(f"{what} does not fit the model: it {say} {', '.join(names[:_SHOWN])}{more}{hint}.")
     made = twin(module, lambda tensor: torch.empty_like(tensor))
-    state = made.state_dict()
+    held, before = _tensors(made), _tensors(module)
     for name, tensor in wanted.items():
         value = stored[name].read()
         if value.is_floating_point() != tensor.is_floating_point():
             raise FormatError(f"{what}: {name!r} is {value.dtype}, the model's is {tensor.dtype}.")
         _check_finite(value, name, what)
-        state[name].copy_(value)
-    for name, tensor in own.items():
+        held[name].data = value.to(tensor.device, tensor.dtype)  # taken as it is: what was read is nobody else's
+    for name, tensor in held.items():
         if name not in wanted:
-            state[name].copy_(tensor)
+            tensor.data = before[name].detach().clone()
     return made
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that are never saved, under every name that they have."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _renamed(layout: Layout, stored: StoredTensors) -> dict[str, Stored]:
