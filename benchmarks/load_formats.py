@@ -3,7 +3,7 @@
 Each format's file is loaded in a process of its own. The memory of the first load, which no file could give back,
 counts against the bytes of the weights. Then, in every round, the load counts against reading the bytes of that very
 file and converting every tensor once, into the order that torch has it in; and the net that comes out against the same
-net written by hand, computing in turns.
+net written by hand, in turns, by the processor time of one thread.
 Formats are told apart by what is read, not by who wrote it: the files are made by `vgg_files.py`. Linux only.
 """
 

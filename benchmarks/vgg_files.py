@@ -112,8 +112,6 @@ class Format:
     """Order in which torch's axes (out, in, height, width) lie in the file."""
     dense: tuple[int, ...] = (0, 1)
     """Order in which torch's axes (out, in) lie in the file."""
-    flattened: tuple[int, ...] = (0, 1, 2)
-    """Order of channels, height and width in the first dense layer's inputs."""
     dtype: str = "<f4"
     member: str | None = None
     """The packed member of a zip archive that holds the numbers."""
@@ -138,7 +136,7 @@ class Format:
             with file.open("rb") as stream:
                 stream.readinto(data)
         at, made = 0, []
-        for kind, name, sizes in shape.layers():
+        for kind, _, sizes in shape.layers():
             for tensor in (sizes, sizes[:1]) if sizes else ():
                 count = math.prod(tensor)
                 array = np.frombuffer(data, self.dtype, count, at)  # as long as, if not exactly, where it is
@@ -149,10 +147,6 @@ class Format:
                 order: tuple[int, ...] = ()
                 if len(tensor) == 4:
                     order = self.convolution
-                elif name == "fc1" and len(tensor) == 2:
-                    tensor = (tensor[0], *shape.map)
-                    inner = tuple(axis + 1 for axis in self.flattened)
-                    order = (0, *inner) if self.dense == (0, 1) else (*inner, 0)
                 elif kind in ("dense", "last") and len(tensor) == 2:
                     order = self.dense
                 if order and order != tuple(range(len(order))):
@@ -757,7 +751,7 @@ def _load_rows(path: Path, shape: Shape) -> Any:
     return kd.load(path, input_shape=(3, shape.pixels, shape.pixels))
 
 
-LAST = {"convolution": (2, 3, 1, 0), "dense": (1, 0), "flattened": (1, 2, 0)}
+LAST = {"convolution": (2, 3, 1, 0), "dense": (1, 0)}
 """How Keras and TensorFlow keep weights."""
 FORMATS = {
     made.name: made
@@ -769,8 +763,7 @@ FORMATS = {
         Format(name="TensorFlow frozen .pb", file="net.pb", write=_frozen, load=_load, **LAST),
         Format(name="TensorFlow SavedModel", file="net", write=_saved_model, load=_load,
                data="variables/variables.data-00000-of-00001", **LAST),
-        Format(name="TensorFlow Lite", file="net.tflite", write=_lite, load=_load, convolution=(0, 2, 3, 1),
-               flattened=(1, 2, 0)),
+        Format(name="TensorFlow Lite", file="net.tflite", write=_lite, load=_load, convolution=(0, 2, 3, 1)),
         Format(name="Deeplearning4j zip", file="net.zip", write=_dl4j, load=_load_rows, dtype=">f4",
                member="coefficients.bin"),
         Format(name="BigDL", file="net.bigdl", write=_bigdl, load=_load_rows),
