@@ -23,6 +23,8 @@ from benchmarks.harness import REPOSITORY, BenchmarkError
 
 CALTECH_TAR = "caltech101/caltech101_max80.tar"
 SQUEEZENET = "squeezenet_v1.1_keras/squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5"
+SQUEEZENET_PROTOTXT = "squeezenet_v1.0_caffe/SqueezeNet_deploy.prototxt"
+SQUEEZENET_CAFFE = "squeezenet_v1.0_caffe/SqueezeNet_v1.0_decompressed.caffemodel"
 MOBILENET = "mobilenet_tflite/mobilenet_v2_1.0_224_dequantized.npz"
 
 

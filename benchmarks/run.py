@@ -34,6 +34,7 @@ CASES = (
     "memory",
     "mnist_lenet",
     "transfer_caltech101",
+    "load_formats",
     "lenet_epoch",
     "ddp_overhead",
     "torch_distributor",

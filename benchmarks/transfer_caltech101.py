@@ -1,4 +1,4 @@
-"""The headline job in one command: photos to report with `kindling transfer`, for two real ImageNet backbones.
+"""The headline job in one command: photos to report with `kindling transfer`, for three real ImageNet backbones.
 
 Caltech-101 without Faces_easy. Beside it: scikit-learn's optimum on the very same features and split, the same net
 from random weights, and the figures of the article that this job is modelled on (88.8 / 76.3 / 75.3 % train / valid
@@ -9,6 +9,7 @@ orientation.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 from benchmarks import inputs
 from benchmarks.backbones import BACKBONES, Backbone
-from benchmarks.harness import Bench, BenchmarkError, Case
+from benchmarks.harness import REPOSITORY, Bench, BenchmarkError, Case
 from benchmarks.optimum import STRENGTHS, Split, optimum
 
 SHARES = (0.7, 0.15, 0.15)
@@ -37,32 +38,36 @@ def run(bench: Bench) -> None:
     with bench.scratch() as folder:
         for name in bench["backbones"]:
             backbone = BACKBONES[name]
-            weights = inputs.need(backbone.weights) if full else inputs.real(backbone.weights)
+            trained = inputs.real(backbone.weights) is not None
+            if full:
+                inputs.need(backbone.weights)
+            elif ":" in backbone.net and not trained:
+                continue  # of a net that is a file there is nothing without it
             for number in range(bench.rounds):
-                here = folder / f"{backbone.net}-{number}"
-                answer = transfer(bench, backbone, weights, photos, here, seed=bench.seed + number)
+                here = folder / f"{backbone.key}-{number}"
+                answer = transfer(bench, backbone, photos, here, trained=trained, seed=bench.seed + number)
                 keep(bench, name, answer, number)
             add_optimum(bench, name, here / "features", seed=bench.seed + bench.rounds - 1)
-            answer = transfer(bench, backbone, None, photos, folder / f"{backbone.net}-random", seed=bench.seed)
+            there = folder / f"{backbone.key}-random"
+            answer = transfer(bench, backbone, photos, there, trained=False, seed=bench.seed)
             keep(bench, f"{name}, random weights", answer, 0)
 
 
 def transfer(
-    bench: Bench, backbone: Backbone, weights: Path | None, photos: Path, folder: Path, *, seed: int
+    bench: Bench, backbone: Backbone, photos: Path, folder: Path, *, trained: bool, seed: int
 ) -> dict[str, Any]:
     """One `kindling transfer`, in a process of its own; its JSON, with the wall time of the whole command."""
-    cut = backbone.cut if weights else backbone.random_cut
     shares = ",".join(str(share) for share in SHARES)
-    settings = bench["training"][backbone.net]
-    command = [sys.executable, "-m", "kindling", "transfer", str(photos), "--model", backbone.net]
-    command += ["--weights", str(weights)] if weights else []
-    command += ["--until", cut] if cut else []
+    settings = bench["training"][backbone.key]
+    command = [sys.executable, "-m", "kindling", "transfer", str(photos), *backbone.words(trained=trained)]
     command += ["--split", shares, "--epochs", str(settings["epochs"]), "--lr", str(settings["lr"])]
     command += ["--weight-decay", str(settings["weight_decay"]), "--strategy", "averaging:5", "--workers", "2"]
     command += ["--seed", str(seed), "--master", f"local[{bench.cores}]", "--features", str(folder / "features")]
     command += ["--out", str(folder / "model"), "--json"]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, check=False)
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]  # where `module:function` is looked for
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=env, check=False)
     seconds = time.perf_counter() - began
     if done.returncode:
         raise BenchmarkError(f"kindling transfer ended with code {done.returncode}:\n{done.stderr[-3000:]}")
@@ -107,9 +112,12 @@ CASE = Case(
     presets={
         "tiny": {
             "per_class": 10,
-            "backbones": ("SqueezeNet 1.1",),
+            "backbones": ("SqueezeNet 1.1", "SqueezeNet v1.0, caffemodel"),
             "every_strength": 7,
-            "training": {"squeezenet1_1": {"epochs": 2, "lr": 0.01, "weight_decay": 0.0}},
+            "training": {
+                "squeezenet1_1": {"epochs": 2, "lr": 0.01, "weight_decay": 0.0},
+                "squeezenet_v1_0": {"epochs": 2, "lr": 0.01, "weight_decay": 0.0},
+            },
         },
         "full": {
             "backbones": tuple(BACKBONES),
@@ -117,6 +125,7 @@ CASE = Case(
             "training": {
                 "squeezenet1_1": {"epochs": 30, "lr": 0.003, "weight_decay": 0.03},
                 "mobilenet_v2": {"epochs": 30, "lr": 0.003, "weight_decay": 0.01},
+                "squeezenet_v1_0": {"epochs": 30, "lr": 0.003, "weight_decay": 0.03},
             },
         },
     },

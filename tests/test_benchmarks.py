@@ -250,6 +250,7 @@ CASES = [
     pytest.param("memory", marks=[pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]),
     "mnist_lenet",
     pytest.param("transfer_caltech101", marks=pytest.mark.slow),
+    pytest.param("load_formats", marks=pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")),
     "lenet_epoch",
     "ddp_overhead",
     "torch_distributor",

@@ -10,6 +10,7 @@ from torch import nn
 
 from kindling.errors import FormatError
 from kindling.formats import Layout, Stored, load, recognise
+from kindling.formats.weights import into
 
 
 def tiny(classes: int | None, bias: bool = True) -> nn.Sequential:
@@ -118,6 +119,35 @@ def test_kerass_flattening_runs_over_channels_last() -> None:
     module = load(recognise("w", "tiny", [KERAS], tensors), tensors, "w")
     assert module.conv.weight[2, 1, 0, 1] == kernel[0, 1, 1, 2]
     assert module.fc.weight[4, 2 * 4 + 1 * 2 + 0] == dense[1, 0, 2, 4]  # torch: channel, height, width
+
+
+def test_large_finite_numbers_are_taken_and_infinite_ones_refused() -> None:
+    module, large = nn.Linear(4, 1, bias=False), torch.full((1, 4), 3e38)  # whose sum is infinite
+    made = into(module, {"weight": Stored((1, 4), "float32", lambda: large)}, "w.pth")
+    assert torch.equal(made.weight, large)  # type: ignore[arg-type]
+    for bad in (float("inf"), float("nan")):
+        broken = torch.tensor([[0.0, 1.0, bad, 2.0]])
+        with pytest.raises(FormatError, match="not finite"):
+            into(module, {"weight": Stored((1, 4), "float32", lambda broken=broken: broken)}, "w.pth")
+
+
+def test_tied_weights_stay_tied() -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    value = torch.arange(4.0).reshape(2, 2)
+    made = into(module, {f"{n}.weight": Stored((2, 2), "float32", lambda: value) for n in (0, 1)}, "w.pth")
+    assert made[0].weight is made[1].weight  # type: ignore[index]
+    assert torch.equal(made[0].weight, value)  # type: ignore[index]
+
+
+def test_what_is_never_saved_is_kept() -> None:
+    module = nn.Linear(2, 1, bias=False)
+    module.register_buffer("grid", torch.tensor([7.0, 8.0]), persistent=False)
+    made = into(module, {"weight": Stored((1, 2), "float32", lambda: torch.ones(1, 2))}, "w.pth")
+    assert torch.equal(made.grid, torch.tensor([7.0, 8.0]))  # type: ignore[arg-type]
+    assert made.grid is not module.grid
+    half = into(module.half(), {"weight": Stored((1, 2), "float32", lambda: torch.ones(1, 2))}, "w.pth")
+    assert half.weight.dtype == torch.float16
 
 
 def test_a_read_that_fails_names_the_file() -> None:

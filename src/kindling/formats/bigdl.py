@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kindling.errors import ConfigError, FormatError
 from kindling.formats.assemble import ROWS, Assembly, Wire, valid_name
-from kindling.formats.files import file_digest
+from kindling.formats.files import file_digest, mapped
 from kindling.formats.models import Imported, Peek
 from kindling.formats.wire import Budget, Message
 from kindling.prepare import ArrayStep, LabelStep, Preparation
@@ -47,7 +47,7 @@ def read(path: Path, *, input_shape: Sequence[int] | None = None, labels: Sequen
         labels: class names in the order of the scores. BigDL numbers classes from 1.
     Raises: FormatError, for a damaged file, a layer that is not known here, and an input shape that is needed.
     """
-    root = Message(memoryview(path.read_bytes()), Budget(str(path)))
+    root = Message(mapped(path), Budget(str(path)))
     if not root.text(7).startswith(_HOMES):
         raise FormatError(f"{path} is no BigDL model: its outermost module is of type {root.text(7)[:80]!r}.")
     reader = _Reader(Assembly(str(path)), _Storages(root))

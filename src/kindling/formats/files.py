@@ -6,6 +6,7 @@ The readers are in `torch.py`, `keras.py` and `npz.py`; what a file's names mean
 from __future__ import annotations
 
 import hashlib
+import mmap
 import zipfile
 from os import PathLike
 from pathlib import Path
@@ -77,6 +78,21 @@ def _what_it_is(head: bytes) -> str:
     if text.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
     return f"begins with {head[:8]!r}, which no weight file does"
+
+
+def mapped(path: Path) -> memoryview:
+    """A file's bytes, of which the kernel reads what is used and takes back what it needs; none of an empty file.
+
+    What is written into them stays in this process.
+    Raises: FormatError, when it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            if path.stat().st_size == 0:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}.") from error
 
 
 def file_digest(path: str | PathLike[str], algorithm: str = "sha256") -> str:

@@ -18,7 +18,7 @@ MAX_READS = 5_000_000
 class Buffer:
     """The bytes of a file, and how many tables and vectors may still be opened."""
 
-    def __init__(self, data: bytes, what: str) -> None:
+    def __init__(self, data: bytes | memoryview, what: str) -> None:
         self.data, self.what, self._left = memoryview(data), what, MAX_READS
 
     def number(self, kind: str, at: int) -> Any:

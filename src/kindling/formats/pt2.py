@@ -253,10 +253,9 @@ class _Program:
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
         if (math.prod(sizes) and last > have) or math.prod(sizes) > have:
             raise FormatError(f"{self.file}: {path!r} holds {have:,} numbers, its shape {sizes[:8]} needs more.")
-        raw = self.archive.read(name, have * dtype.itemsize + 16)
-        if not raw:
+        if not have:
             return torch.zeros(sizes, dtype=dtype)
-        flat = torch.frombuffer(bytearray(raw[: have * dtype.itemsize]), dtype=dtype)
+        flat = torch.frombuffer(self.archive.fill(name, have * dtype.itemsize), dtype=dtype)
         return flat.as_strided(sizes, strides, offset).contiguous()
 
     def _dtype(self, code: Any) -> Any:

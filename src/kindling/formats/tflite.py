@@ -22,10 +22,11 @@ from kindling.errors import FormatError
 from kindling.formats.assemble import Assembly
 from kindling.formats.channels import Flow, Mover
 from kindling.formats.ends import imported, open_input
+from kindling.formats.files import mapped
 from kindling.formats.flatbuffer import Buffer, Table
 from kindling.formats.models import Imported, Peek
 from kindling.formats.tensorflow.graphdef import Graph, Node
-from kindling.formats.tensorflow.ops import OPS, Op, axes_of, padded
+from kindling.formats.tensorflow.ops import OPS, Op, axes_of, copied, padded
 from kindling.formats.tensorflow.run import Known, Runner, Scope, Value
 from kindling.nets.layers_keras import Quantized
 from kindling.nets.layers_lite import LiteConv2d, LiteLinear
@@ -139,7 +140,7 @@ def read(
     """
     if path.stat().st_size > _MAX_BYTES:
         raise FormatError(f"{path} is too large for a model of TensorFlow Lite.")
-    model = Buffer(path.read_bytes(), str(path)).root()
+    model = Buffer(mapped(path), str(path)).root()
     graphs = model.tables(2)
     if not graphs:
         raise FormatError(f"{path} holds no graph.")
@@ -246,7 +247,7 @@ class _Reader:
         kind = np.dtype(tensor.dtype).newbyteorder("<")
         if len(raw) != math.prod(tensor.shape) * kind.itemsize:
             raise FormatError(f"{self.what}: tensor {tensor.name[:80]!r} of shape {tensor.shape} has {len(raw)} bytes.")
-        array = np.frombuffer(raw.tobytes(), kind).reshape(tensor.shape)
+        array = raw.view(kind).reshape(tensor.shape)
         if tensor.quantised:
             array = self._real(tensor, array)
         elif tensor.dtype == "float16":
@@ -422,7 +423,7 @@ def _convolved(
         call.node.name,
         lambda: LiteConv2d(channels, out, size, strides, pad, dilations, groups, bias is not None, **settings),  # type: ignore[arg-type]
         wire,
-        tensors=_whole_tensors(call, torch.from_numpy(np.array(weight, np.float32)), bias),
+        tensors=_whole_tensors(call, copied(weight), bias),
     )
     call.whole = True
     call.reader.rounded += 1
@@ -519,7 +520,7 @@ def _multiplied(call: _Call, flow: Flow, weight: np.ndarray, bias: np.ndarray | 
         call.node.name,
         lambda: LiteLinear(features, out, bias is not None, **settings),
         flow.wire,
-        tensors=_whole_tensors(call, torch.from_numpy(np.array(weight, np.float32)), bias),
+        tensors=_whole_tensors(call, copied(weight), bias),
     )
     call.whole = True
     call.reader.rounded += 1

@@ -143,14 +143,20 @@ def load(match: Match, stored: StoredTensors, what: str) -> nn.Module:
     state: dict[str, Tensor] = {}
     for slot in match.slots:
         value = tensors[slot.theirs].read().to(torch.float32)
-        if not bool(torch.isfinite(value).all()):
-            raise FormatError(f"{what}: {slot.theirs!r} holds numbers that are not finite. The file is of no use.")
+        _check_finite(value, slot.theirs, what)
         state[slot.ours] = _ours(match, slot.ours, value, state).contiguous()
     for name, buffer in match.module.named_buffers():
         if name.endswith(_COUNTER):
             state[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     match.module.load_state_dict(state, strict=True, assign=True)
     return match.module.eval()
+
+
+def _check_finite(value: Tensor, name: str, what: str) -> None:
+    """Raises: FormatError, for numbers that are infinite or none."""
+    # One such number makes the sum so; a sum of finite ones may be infinite too, and then all are looked at.
+    if value.is_floating_point() and not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
+        raise FormatError(f"{what}: {name!r} holds numbers that are not finite. The file is of no use.")
 
 
 def into(module: nn.Module, stored: StoredTensors, what: str) -> nn.Module:
@@ -181,17 +187,25 @@ def into(module: nn.Module, stored: StoredTensors, what: str) -> nn.Module:
             hint = "" if say != "has" else ", which the model has not"
             raise FormatError(f"{what} does not fit the model: it {say} {', '.join(names[:_SHOWN])}{more}{hint}.")
     made = twin(module, lambda tensor: torch.empty_like(tensor))
-    state = {}
+    held, before = _tensors(made), _tensors(module)
     for name, tensor in wanted.items():
         value = stored[name].read()
         if value.is_floating_point() != tensor.is_floating_point():
             raise FormatError(f"{what}: {name!r} is {value.dtype}, the model's is {tensor.dtype}.")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise FormatError(f"{what}: {name!r} holds numbers that are not finite. The file is of no use.")
-        state[name] = value.to(tensor.dtype)
-    state |= {name: tensor for name, tensor in own.items() if name not in state}
-    made.load_state_dict(state, strict=True)
+        _check_finite(value, name, what)
+        held[name].data = value.to(tensor.device, tensor.dtype)  # taken as it is: what was read is nobody else's
+    for name, tensor in held.items():
+        if name not in wanted:
+            tensor.data = before[name].detach().clone()
     return made
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that are never saved, under every name that they have."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _renamed(layout: Layout, stored: StoredTensors) -> dict[str, Stored]:

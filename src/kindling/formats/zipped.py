@@ -7,11 +7,13 @@ be worth is refused before memory is asked for.
 from __future__ import annotations
 
 import contextlib
+import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kindling.errors import FormatError
 
@@ -22,6 +24,9 @@ SMALL_BYTES = 64 << 20
 MAX_RATIO = 100
 """Larger members may hold at most this many bytes for each packed one; trained weights pack to more than half."""
 MAX_MEMBERS = 10_000
+CHUNK_BYTES = 8 << 20
+_LOCAL_SIZES = 26
+"""Where a member's own header has the lengths of its name and extra field, behind which its bytes begin."""
 
 
 def brief(error: BaseException) -> str:
@@ -45,6 +50,31 @@ class Stream:
             return self._member.read(count)
         except BROKEN as error:
             raise FormatError(f"{self._where} cannot be read: {brief(error)}. Is the file whole?") from error
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file, as a file of their own."""
+
+    def __init__(self, file: IO[bytes], begin: int, size: int) -> None:
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        room = memoryview(buffer).cast("B")[: max(self._size - self._at, 0)]
+        self._file.seek(self._begin + self._at)
+        count = self._file.readinto(room) if len(room) else 0  # type: ignore[attr-defined]
+        self._at += count
+        return int(count)
 
 
 class Zipped:
@@ -89,6 +119,42 @@ class Zipped:
             )
         with self.open(name) as stream:
             return stream.read(limit_bytes + 1)
+
+    def fill(self, name: str, count: int) -> bytearray:
+        """The first `count` bytes of a large member, which is read to its end and held once.
+
+        Raises: FormatError, when it is missing, damaged, or shorter.
+        """
+        self.size(name)
+        data, at = bytearray(), 0
+        with self.open(name) as stream:
+            while part := stream.read(CHUNK_BYTES):
+                if not at:  # memory is asked for when there is something to put into it
+                    data = bytearray(count)
+                data[at : at + len(part)] = part[: max(count - at, 0)]
+                at += len(part)
+        if at < count:
+            raise FormatError(f"{self.path}: {name!r} holds {at:,} bytes where {count:,} are needed. Is it whole?")
+        return data
+
+    @contextlib.contextmanager
+    def seekable(self, name: str, limit_bytes: int) -> Iterator[IO[bytes]]:
+        """The member as a file to move about in: in place where it is not packed, else in memory.
+
+        Raises: FormatError, when it is missing, damaged (it is read once to see that), or larger than `limit_bytes`.
+        """
+        info = self._members.get(name)
+        if info is None or info.compress_type != zipfile.ZIP_STORED or self.size(name) > limit_bytes:
+            yield io.BytesIO(self.read(name, limit_bytes))
+            return
+        with self.open(name) as stream:
+            while stream.read(CHUNK_BYTES):  # to its end, where the checksum is compared
+                pass
+        with self.path.open("rb") as file:
+            file.seek(info.header_offset + _LOCAL_SIZES)
+            begin = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+            with io.BufferedReader(_Part(file, begin, info.file_size)) as part:
+                yield part
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Stream]:

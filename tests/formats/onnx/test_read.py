@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kindling as kd
 from kindling.errors import ConfigError, FormatError, MissingExtraError, ModelError
 from kindling.formats.onnx import open_net
+from kindling.formats.onnx.proto import open_file
 from kindling.nets.layers_onnx import OnnxOp
 
 onnx = pytest.importorskip("onnx")
@@ -185,6 +186,33 @@ def test_numbers_in_other_files_are_read_from_beside_the_model_only(make: Any, t
     (inner / "net.onnx").write_bytes(saved.SerializeToString())
     with pytest.raises(FormatError, match="outside the model's folder"):
         kd.load(inner / "net.onnx")
+
+
+def test_large_weights_are_read_from_where_they_are_in_the_file(make: Any, tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(160, 160)).astype(np.float32)
+    bias = np.arange(160, dtype=np.float32)
+    net = make([("Gemm", ["x", "w", "b"], ["y"])], {"x": ["N", 160]}, {"y": ["N", 160]}, {"w": weight, "b": bias})
+    file = tmp_path / "net.onnx"
+    onnx.save(net, file)
+    slim = open_file(file)
+    assert len(slim.SerializeToString()) < 3000
+    large, small = slim.graph.initializer
+    assert (large.data_location, len(large.raw_data), len(small.raw_data)) == (1, 0, 640)
+    x = torch.rand(3, 160)
+    expected = x @ torch.from_numpy(weight) + torch.from_numpy(bias)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "other.onnx").symlink_to(file)  # its folder is not the file's
+    for path in (file, tmp_path / "links" / "other.onnx"):
+        for engine in ("torch", "onnxruntime"):
+            torch.testing.assert_close(kd.load(path, engine=engine).module(x).detach(), expected, rtol=1e-5, atol=1e-5)
+    model = kd.load(file)
+    data = file.read_bytes()
+    file.write_bytes(b"\0" * len(data))
+    torch.testing.assert_close(model.module(x).detach(), expected, rtol=1e-5, atol=1e-5)
+    for cut in (10, 1000, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:cut])
+        with pytest.raises(FormatError, match=r"cut off, damaged or no|holds no ONNX graph|neither a bundle"):
+            kd.load(file)
 
 
 def test_what_torch_has_no_operator_for_is_run_by_onnxruntime_and_says_so(make: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,20 @@ def test_altered_variables_are_noticed(tmp_path: Path) -> None:
         Variables(tmp_path / "variables")
 
 
-@pytest.mark.parametrize("size", [0, 1, 511, 512, 5_000, 300_001])
+@pytest.mark.parametrize("name", ["operations.pb", "saved_model_2", "float.tflite"])
+def test_a_nets_numbers_are_its_own(tmp_path: Path, name: str) -> None:
+    """What is done to the file afterwards does not reach the net."""
+    source, file = HERE / name, tmp_path / name
+    shutil.copytree(source, file) if source.is_dir() else shutil.copy(source, file)
+    made = kd.load(file, keep_activation=True, **({"outputs": f"out_{NAMES[0]}"} if name == "operations.pb" else {}))
+    before = {name: tensor.clone() for name, tensor in made.module.state_dict().items()}
+    for part in [path for path in (file, *file.rglob("*")) if path.is_file()]:
+        with part.open("r+b") as stream:
+            stream.write(b"\xff" * part.stat().st_size)
+    torch.testing.assert_close(made.module.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 5_000, 80_063, 80_064, 300_001, 1_000_003])
 def test_the_checksum_is_castagnolis(size: int) -> None:
     data = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8).tobytes()
     crc = 0xFFFFFFFF

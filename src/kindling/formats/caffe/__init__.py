@@ -221,7 +221,7 @@ def _hdf5_layers(file: Path) -> list[Message]:
                     if data.id.get_storage_size() * 1100 < data.nbytes:
                         raise FormatError(f"{file}: blob {number} of {name!r} announces more than it holds.")
                     numbers = np.asarray(data, np.float32)
-                    layer.add("blobs", Blob(tuple(numbers.shape), [numbers.reshape(-1)]))
+                    layer.add("blobs", Blob(tuple(numbers.shape), [numbers.reshape(-1)], own=True))
                 layers.append(layer)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
         if isinstance(error, FormatError):

@@ -40,6 +40,8 @@ class Blob:
     """One-dimensional pieces, in order, possibly within the file; little-endian floats of 2, 4 or 8 bytes."""
     legacy: bool = False
     """Whether the shape is the old one of exactly four axes."""
+    own: bool = False
+    """Whether the one part is memory that nothing else uses."""
 
     @property
     def count(self) -> int:
@@ -48,6 +50,8 @@ class Blob:
 
     def array(self) -> np.ndarray:
         """The numbers as float32 in memory of their own, in the blob's shape."""
+        if self.own and len(self.parts) == 1 and self.parts[0].dtype == np.float32:
+            return self.parts[0].reshape(self.shape)
         out = np.empty(self.count, np.float32)
         at = 0
         for part in self.parts:

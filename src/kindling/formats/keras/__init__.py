@@ -9,7 +9,6 @@ itself are read by `read_h5`.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -200,9 +199,11 @@ def _stored(path: Path, weights: str | Path | None, seed: int | None, most: int)
     with file.open("rb") as stream:
         head = stream.read(8)
     if head.startswith(b"PK"):
-        with open_zip(file) as zipped:
-            content = io.BytesIO(zipped.read(WEIGHTS, _MAX_WEIGHT_BYTES))
-        with opened(file, content) as root:
+        with (
+            open_zip(file) as zipped,
+            zipped.seekable(WEIGHTS, _MAX_WEIGHT_BYTES) as content,
+            opened(file, content) as root,
+        ):
             yield Grouped(root, str(file))
     elif head == _MAGIC:
         with opened(file) as root:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kindling.errors import FormatError, MissingExtraError
+from kindling.formats.files import mapped
+from kindling.formats.wire import Budget, fields
 from kindling.nets.onnx_ops.registry import DTYPES, FLOAT8, NARROW, POWERS
 
 
@@ -54,7 +56,68 @@ def open_file(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise FormatError(f"{path} has {size:,} bytes; an ONNX file has fewer than 2 GiB and the rest beside it.")
-    return parse(path.read_bytes(), str(path))
+    data = mapped(path)
+    # A tensor beside the model is looked for in its folder, where a link need not lead.
+    slim = _slim(data, path.name) if path.resolve().parent == path.parent.resolve() else None
+    return parse(bytes(data) if slim is None else slim, str(path))
+
+
+_LARGE_BYTES = 1 << 16
+"""Numbers of a tensor from here on are left where they are, until they are read into the tensor that stays."""
+_GRAPH, _INITIALIZER, _DATA_TYPE, _RAW, _BESIDE, _LOCATION = 7, 5, 2, 9, 13, 14
+"""Fields of ModelProto, GraphProto and TensorProto."""
+
+
+def _slim(data: memoryview, name: str) -> bytes | None:
+    """The model with its large weights told to be in the file itself: protobuf would hold each byte twice.
+
+    None, where the file is not what it should be; protobuf says why then.
+    """
+
+    def varint(value: int) -> bytes:
+        out = bytearray()
+        while value > 127:
+            out.append(value & 127 | 128)
+            value >>= 7
+        return bytes([*out, value])
+
+    def held(number: int, body: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(body)) + body
+
+    def tensor(start: int, stop: int) -> bytes | None:
+        """A tensor without its numbers; None, where they are small or not plain."""
+        kept, raw, kind, at = bytearray(), None, 0, start
+        for number, _, value, body, end in fields(data, start, stop, budget):
+            if number in (_BESIDE, _LOCATION):
+                return None
+            if number == _RAW:
+                raw = body, end
+            else:
+                kept += data[at:end]
+            kind = value if number == _DATA_TYPE else kind
+            at = end
+        if raw is None or raw[1] - raw[0] < _LARGE_BYTES or kind not in DTYPES or DTYPES[kind] in NARROW:
+            return None
+        for key, told in (("location", name), ("offset", str(raw[0])), ("length", str(raw[1] - raw[0]))):
+            kept += held(_BESIDE, held(1, key.encode()) + held(2, told.encode()))
+        return bytes(kept + varint(_LOCATION << 3) + varint(1))
+
+    def graph(start: int, stop: int) -> bytes:
+        kept, at = bytearray(), start
+        for number, _, _, body, end in fields(data, start, stop, budget):
+            short = tensor(body, end) if number == _INITIALIZER else None
+            kept += data[at:end] if short is None else held(_INITIALIZER, short)
+            at = end
+        return bytes(kept)
+
+    budget, model, at = Budget(name), bytearray(), 0
+    try:
+        for number, _, _, body, end in fields(data, 0, len(data), budget):
+            model += held(_GRAPH, graph(body, end)) if number == _GRAPH else data[at:end]
+            at = end
+    except (FormatError, UnicodeError):
+        return None
+    return bytes(model)
 
 
 def parse(data: bytes, what: str) -> Any:
@@ -119,7 +182,7 @@ def key(node: Any) -> str:
 # Tensors
 
 
-def _outside(proto: Any, folder: Path | None, what: str) -> bytes:
+def _outside(proto: Any, folder: Path | None, what: str) -> bytearray:
     """A tensor's bytes from the file beside that it names.
 
     Raises: FormatError, when that is anywhere else, or shorter than it should be.
@@ -144,7 +207,9 @@ def _outside(proto: Any, folder: Path | None, what: str) -> bytes:
         raise FormatError(f"{what}: {location!r} ends before tensor {proto.name!r} does. Is it whole?")
     with target.open("rb") as stream:
         stream.seek(offset)
-        data: bytes = stream.read(length)
+        data = bytearray(length)
+        if stream.readinto(data) != length:
+            raise FormatError(f"{what}: {location!r} ends before tensor {proto.name!r} does. Is it whole?")
         return data
 
 
@@ -154,7 +219,7 @@ def inline(proto: Any, folder: Path | None, what: str) -> None:
     Raises: FormatError.
     """
     if proto.data_location == 1:
-        proto.raw_data = _outside(proto, folder, what)
+        proto.raw_data = bytes(_outside(proto, folder, what))
         del proto.external_data[:]
         proto.data_location = 0
 
@@ -172,7 +237,8 @@ def tensor(proto: Any, folder: Path | None, what: str) -> Tensor:
         raise Unsupported(f"element type {name}")
     dtype, count = DTYPES[kind], math.prod(sizes)
     if dtype not in NARROW and (proto.data_location == 1 or proto.HasField("raw_data")):
-        raw = _outside(proto, folder, what) if proto.data_location == 1 else proto.raw_data
+        outside = proto.data_location == 1
+        raw = _outside(proto, folder, what) if outside else proto.raw_data
         if len(raw) != count * dtype.itemsize:
             raise FormatError(
                 f"{what}: tensor {proto.name!r} holds {len(raw):,} bytes; its shape {sizes[:8]} "
@@ -180,7 +246,7 @@ def tensor(proto: Any, folder: Path | None, what: str) -> Tensor:
             )
         if not raw:
             return torch.zeros(sizes, dtype=dtype, device="cpu")
-        return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(sizes)
+        return torch.frombuffer(raw if outside else bytearray(raw), dtype=dtype).reshape(sizes)
     try:
         array = onnx_package().numpy_helper.to_array(proto)
     except Exception as error:  # the package raises what it likes

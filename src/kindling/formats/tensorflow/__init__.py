@@ -131,13 +131,14 @@ def read(
 
 
 def _message(file: Path) -> Message:
+    from kindling.formats.files import mapped
     from kindling.formats.wire import Budget, Message
 
     if not file.is_file():
         raise FormatError(f"there is no file {file}.")
     if file.stat().st_size > _MAX_BYTES:
         raise FormatError(f"{file} is too large for a graph of TensorFlow.")
-    return Message(memoryview(file.read_bytes()), Budget(str(file)))
+    return Message(mapped(file), Budget(str(file)))
 
 
 def _graph(message: Message) -> Graph:

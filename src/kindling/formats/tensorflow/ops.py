@@ -284,15 +284,21 @@ def padded(
     return o.module(lambda: SamePad(tuple(kernel), tuple(stride), steps, value), wire, part="pad"), none
 
 
-def _weights(value: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(value, np.float32))
+def copied(value: np.ndarray, *order: int) -> Tensor:
+    """Numbers as float32 in memory of their own, copied once, with their axes in an order if one is given."""
+    turned = value.transpose(order) if order else value
+    if not turned.flags.writeable or min(turned.strides, default=0) < 0 or turned.dtype.kind not in "fi":
+        return torch.from_numpy(np.array(turned, np.float32, order="C"))
+    # torch turns large matrices block by block, which numpy does not. They may be anywhere in the file: processors
+    # that torch runs on read numbers at any place.
+    return torch.empty(turned.shape).copy_(torch.from_numpy(turned))
 
 
 def _biased(o: Op, channels: int, tensors: dict[str, Tensor]) -> bool:
     found = o.follower(channels)
     if found is None:
         return False
-    tensors["bias"] = _weights(found[0])
+    tensors["bias"] = copied(found[0])
     o.passes_on(found[1])
     return True
 
@@ -307,12 +313,12 @@ def _conv(o: Op) -> Value:
     stride = axes_of(o, o.node.wholes("strides"), first)
     dilation = axes_of(o, o.node.wholes("dilations") or [1, 1, 1, 1], first)
     size, channels = kernel.shape[:2], wire.row[0]
-    weight = _weights(kernel).permute(3, 2, 0, 1)
     groups = 1
     if o.node.op == "DepthwiseConv2dNative":
         groups, out = kernel.shape[2], kernel.shape[2] * kernel.shape[3]
-        weight = _weights(kernel).permute(2, 3, 0, 1).reshape(out, 1, *size)
+        weight = copied(kernel, 2, 3, 0, 1).reshape(out, 1, *size)
     else:
+        weight = copied(kernel, 3, 2, 0, 1)
         out = kernel.shape[3]
         if channels % kernel.shape[2] == 0 and kernel.shape[2]:
             groups = channels // kernel.shape[2]
@@ -346,7 +352,7 @@ def _transposed(o: Op) -> Value:
         max((n - 1) * s + k - want, 0) if same else 0
         for n, s, k, want in zip(wire.row[1:], stride, size, wanted, strict=True)
     ]
-    tensors = {"weight": _weights(kernel).permute(3, 2, 0, 1)}
+    tensors = {"weight": copied(kernel, 3, 2, 0, 1)}
     bias = _biased(o, out, tensors)
     frame: list[int] = []
     for total, reach, want in zip(over, full, wanted, strict=True):
@@ -393,7 +399,7 @@ def _matmul(o: Op) -> Value:
         if flow.rank != 2 or weight.ndim != 2:
             raise o.fail(f"multiplies rows of shape {flow.row} by {weight.shape}")
         out, features = weight.shape
-        tensors = {"weight": _weights(weight)}
+        tensors = {"weight": copied(weight)}
         bias = _biased(o, out, tensors)
         return Flow(o.module(lambda: nn.Linear(features, out, bias), flow.wire, tensors=tensors))
     wires = [o.last(o.flow(k)) for k in (0, 1)]
@@ -434,7 +440,7 @@ def _batch_norm(o: Op) -> list[Value]:
     wire = _picture(o, o.flow(0), first)
     count, eps = wire.row[0], o.node.number("epsilon", 1e-4)
     names = ("weight", "bias", "running_mean", "running_var")
-    tensors = {name: _weights(o.known(place)) for place, name in enumerate(names, 1)}
+    tensors = {name: copied(o.known(place)) for place, name in enumerate(names, 1)}
     made = o.module(lambda: nn.BatchNorm2d(count, eps), wire, tensors=tensors)
     return [Flow(made, not first), *(o.given[3:5])]
 
@@ -999,7 +1005,7 @@ def _gather(o: Op) -> Value:
     wire = o.last(o.flow(1))
     if wire.value.dtype != torch.int64:
         wire = o.runner.mover.net.method(f"{o.name}_index", "long", wire)
-    return Flow(o.module(lambda: nn.Embedding(count, size), wire, tensors={"weight": _weights(table.value)}))
+    return Flow(o.module(lambda: nn.Embedding(count, size), wire, tensors={"weight": copied(table.value)}))
 
 
 @op("ResizeBilinear", "ResizeNearestNeighbor")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kindling.errors import FormatError
+from kindling.formats.files import mapped
 from kindling.formats.tensorflow.graphdef import BFLOAT16, dtype_name, shape_of
 from kindling.formats.wire import Budget, Message
 
@@ -50,19 +51,19 @@ def _apply(columns: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return out
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """Castagnoli's CRC of some bytes: many lanes at once, then joined.
+def crc32c(data: bytes | memoryview | np.ndarray) -> int:
+    """Castagnoli's CRC of some bytes.
 
     >>> hex(crc32c(b"123456789"))
     '0xe3069283'
     """
-    raw = np.frombuffer(data, np.uint8)
+    raw, register = _folded(np.frombuffer(data, np.uint8))
     lanes = 1
-    while lanes < 32768 and len(raw) >= lanes * 512:
+    while lanes < 32768 and len(raw) >= lanes * 128:
         lanes *= 2
     size = len(raw) // lanes
-    crc = np.zeros(lanes, np.uint32)
-    crc[0] = 0xFFFFFFFF
+    crc = np.zeros(lanes, np.uint32)  # many lanes at once, then joined
+    crc[0] = register
     for column in np.ascontiguousarray(raw[: size * lanes].reshape(lanes, size).T):
         crc = _TABLE[(crc ^ column) & np.uint32(255)] ^ (crc >> np.uint32(8))
     step = _shift(np.uint32(1) << np.arange(32, dtype=np.uint32), size)
@@ -72,6 +73,39 @@ def crc32c(data: bytes | memoryview) -> int:
     for byte in raw[size * lanes :]:
         crc = _TABLE[(crc ^ byte) & np.uint32(255)] ^ (crc >> np.uint32(8))
     return int(crc[0]) ^ 0xFFFFFFFF
+
+
+_FOLD = (5685, 1362, 426)
+"""x^64a + x^64b + x^64c + 1 is a multiple of the CRC's polynomial, so that a word far from the end may be added to
+three words behind it and forgotten: three additions for eight bytes, in place of eight look-ups."""
+_CHUNKS = 24
+"""Of a - b words each, folded before the rest is carried on: small enough for a cache."""
+
+
+def _folded(raw: np.ndarray) -> tuple[np.ndarray, int]:
+    """Fewer bytes with the same remainder, and the register to begin with."""
+    a, b, c = _FOLD
+    step = a - b
+    gone = max((len(raw) // 8 - a) // step, 0) * step
+    if not gone:
+        return raw, 0xFFFFFFFF
+    words = raw[: 8 * gone].view("<u8")
+    work = np.empty(_CHUNKS * step + a, np.uint64)
+    carried = np.zeros(a, np.uint64)
+    carried[0] = 0xFFFFFFFF  # the register stands before the first bytes
+    for start in range(0, gone, _CHUNKS * step):
+        size = min(_CHUNKS * step, gone - start)
+        work[:size] = words[start : start + size]
+        work[size : size + a] = 0
+        work[:a] ^= carried
+        for at in range(0, size, step):
+            chunk = work[at : at + step]
+            for far in (step, a - c, a):
+                work[at + far : at + far + step] ^= chunk
+        carried = work[size : size + a].copy()
+    rest = raw[8 * gone :].copy()
+    rest[: 8 * a] ^= carried.astype("<u8").view(np.uint8)
+    return rest, 0
 
 
 def _masked(crc: int) -> int:
@@ -101,6 +135,7 @@ class Variables:
         self.keys: dict[str, str] = {}
         """Variable in the graph -> name here, where they differ."""
         self.shards = 1
+        self._files: dict[int, memoryview] = {}
         for key, value in self._table():
             message = Message(memoryview(value), budget)
             if key == b"":
@@ -197,8 +232,8 @@ class Variables:
             raise self._damaged()
         return dtype_name(entry.whole(1)), tuple(shape)
 
-    def raw(self, name: str) -> bytes:
-        """A tensor's bytes, checked."""
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor's bytes, checked; they are the file's own pages."""
         if name not in self._entries:
             raise FormatError(f"{self._what} has no variable {name[:120]!r}.")
         entry = self._entries[name]
@@ -210,9 +245,9 @@ class Variables:
             raise FormatError(f"there is no {file}, in which {name[:120]!r} should be.")
         if offset < 0 or size < 0 or offset + size > file.stat().st_size:
             raise FormatError(f"{file} is cut off: {name[:120]!r} is beyond its end.")
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read(size)
+        if shard not in self._files:
+            self._files[shard] = mapped(file)
+        data = np.frombuffer(self._files[shard], np.uint8, size, offset) if size else np.empty(0, np.uint8)
         checksum = entry.floats(6, "<u4")
         if len(checksum) and _masked(crc32c(data)) != int(checksum[-1]):
             raise FormatError(f"{file} is damaged: the checksum of {name[:120]!r} does not fit. Fetch it again.")
@@ -234,6 +269,6 @@ class Variables:
         if len(data) != wide * math.prod(shape):
             raise FormatError(f"{self._what}: {name[:120]!r} of shape {shape} has {len(data):,} bytes.")
         if small:
-            return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
-        array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
-        return array.astype("float32" if dtype == "float16" else dtype)
+            return (data.view("<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+        array = data.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+        return array.astype("float32" if dtype == "float16" else dtype, copy=False)
