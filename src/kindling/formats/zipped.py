@@ -24,7 +24,8 @@ SMALL_BYTES = 64 << 20
 MAX_RATIO = 100
 """Larger members may hold at most this many bytes for each packed one; trained weights pack to more than half."""
 MAX_MEMBERS = 10_000
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 256 << 10
+"""Read at a time: memory of this size is used again, larger pieces are asked of the kernel each time."""
 _LOCAL_SIZES = 26
 """Where a member's own header has the lengths of its name and extra field, behind which its bytes begin."""
 
