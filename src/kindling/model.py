@@ -17,6 +17,7 @@ from kindling.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
     import torch
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import DataFrame, SparkSession
     from torch import nn
 
@@ -287,6 +288,7 @@ class Model:
         weight_column: str | None = None,
         augment: Mapping[str, Sequence[Augmentation]] | Sequence[Augmentation] | None = None,
         workers: int | None = None,
+        resources: ResourceProfile | None = None,
         threads: int = 1,
         seed: int = 0,
         schedule: Callable[..., Any] | None = None,
@@ -344,6 +346,8 @@ class Model:
                 several inputs of images. A frozen front is then run in every step.
             weight_column: what each row counts; a weight of 2 is as good as the row twice.
             workers: tasks that train at the same time; as many as the session has slots for if None.
+            resources: what Spark gives the tasks that train, and no others (stage-level scheduling): a
+                `pyspark.resource.ResourceProfile`, with a GPU for each task, say, while packing runs on all cores.
             threads: computing threads of each worker.
             seed: of the order of rows and of the net's random draws. The same data, seed, workers, threads, processor
                 type and versions give the same bits.
@@ -426,6 +430,7 @@ class Model:
             validation=validation,
             metrics=metrics,
             workers=workers,
+            resources=resources,
             threads=threads,
             run=run,
             resume=resume,

@@ -91,6 +91,46 @@ trained = model.fit(df, epochs=1, batch_size=8, workers=2, progress=False)
 print("rows", trained.history[-1]["epochs"][0]["rows"])
 spark.stop()
 """
+STAGE = """
+import sys
+from pathlib import Path
+import torch
+from pyspark.resource import ExecutorResourceRequests, ResourceProfileBuilder, TaskResourceRequests
+import kindling as kd
+
+spark = kd.spark("local-cluster[2,2,1024]", conf={
+    "spark.ui.enabled": "false",
+    "spark.worker.resource.gpu.amount": "1",
+    "spark.worker.resource.gpu.discoveryScript": sys.argv[1],
+    "spark.executor.resource.gpu.amount": "1",
+})
+
+seen = sys.argv[2]
+class Loss(torch.nn.CrossEntropyLoss):
+    def forward(self, outputs, targets):
+        from pyspark import TaskContext
+        from kindling.train.devices import task_gpus
+        if TaskContext.get() is not None:
+            Path(seen, str(TaskContext.get().partitionId())).write_text(",".join(task_gpus()))
+        return super().forward(outputs, targets)
+
+df = spark.createDataFrame([([float(i), 1.0], "ab"[i % 2]) for i in range(40)], "features array<float>, label string")
+model = kd.Model.of(torch.nn.Linear(2, 2), shape=(2,), labels=["a", "b"])
+each = ResourceProfileBuilder().require(TaskResourceRequests().cpus(1).resource("gpu", 1)).build
+options = dict(loss=Loss(), epochs=1, batch_size=8, progress=False)
+trained = model.fit(df, resources=each, **options)
+print("rows", trained.history[-1]["epochs"][0]["rows"], "workers", trained.history[-1]["workers"])
+print("gpus", sorted((path.name, path.read_text()) for path in Path(seen).iterdir()))
+trained = model.fit(df, **options)
+print("usual", trained.history[-1]["workers"], sorted((path.name, path.read_text()) for path in Path(seen).iterdir()))
+whole = ResourceProfileBuilder().require(ExecutorResourceRequests().cores(1)).build
+for asked in (dict(workers=3, resources=each), dict(resources=whole)):
+    try:
+        model.fit(df, **asked, **options)
+    except kd.errors.ConfigError as error:
+        print("refused", error)
+spark.stop()
+"""
 
 
 @pytest.mark.slow
@@ -106,3 +146,22 @@ def test_gpus_handed_out_by_spark_reach_the_tasks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "told [('0', 'cpu'), ('0', 'cpu')]" in done.stdout
     assert "rows 40" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the pretended GPUs would be taken for real ones")
+def test_a_profile_gives_gpus_to_the_tasks_that_train_alone(tmp_path: Path) -> None:
+    """Stage-level scheduling: two machines of two cores and one pretended GPU have two slots with a GPU, and four."""
+    script, seen = tmp_path / "discover.sh", tmp_path / "seen"
+    seen.mkdir()
+    script.write_text('#!/bin/sh\necho \'{"name": "gpu", "addresses": ["0"]}\'\n')
+    script.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE, str(script), str(seen)], cwd=tmp_path, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rows 40 workers 2" in done.stdout
+    assert "gpus [('0', '0'), ('1', '0')]" in done.stdout
+    assert "usual 4 [('0', ''), ('1', ''), ('2', ''), ('3', '')]" in done.stdout
+    assert "needs 3 task slots at the same time, and the session has 2" in done.stdout
+    assert "is refused by Spark" in done.stdout

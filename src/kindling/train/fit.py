@@ -40,6 +40,7 @@ from kindling.train.worker import NO_ROWS, REPORT_SCHEMA, run_worker
 
 if TYPE_CHECKING:
     import torch
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import DataFrame, SparkSession
     from torch import Tensor, nn
 
@@ -70,6 +71,7 @@ def fit(
     strategy: Strategy | None,
     validation: DataFrame | None,
     workers: int | None,
+    resources: ResourceProfile | None,
     threads: int,
     run: str | Path | None,
     resume: str | bool,
@@ -117,7 +119,7 @@ def fit(
         metrics=check_metrics(metrics),
     )
     preflight.rehearse(tail, tail_signature, tail_preparation, model.frozen, code, settings, targets.labels)
-    workers = slots.workers_for(spark, workers)
+    workers = slots.workers_for(spark, workers, resources)
     plain = slots.without_barrier(spark)
 
     with contextlib.ExitStack() as stack:
@@ -212,11 +214,12 @@ def fit(
         packed = packing.kept((pack, needed, key_columns, rows), packed)
         work = ship.guard(partial(run_worker, spec))
         routed = packed.repartition(workers, "key")
+        special = {} if resources is None else {"profile": resources}
         if plain:
-            trained = routed.mapInArrow(work, REPORT_SCHEMA)
+            trained = routed.mapInArrow(work, REPORT_SCHEMA, **special)
         else:
             # Spark starts a failed barrier stage again only where it is not the last one of its job.
-            trained = routed.mapInArrow(work, REPORT_SCHEMA, barrier=True).repartition(1)
+            trained = routed.mapInArrow(work, REPORT_SCHEMA, barrier=True, **special).repartition(1)
         launched = time.time()
         result = _collect(spark, trained, desk, listener, stack)
         if listener is None:

@@ -13,6 +13,7 @@ from kindling import ship
 from kindling.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import SparkSession
 
 _LOG = logging.getLogger("kindling.fit")
@@ -25,28 +26,50 @@ _START_S = 30.0
 _LOOK_EVERY_S = 0.25
 
 
-def slots(spark: SparkSession, wanted: int = 1) -> int | None:
+def slots(spark: SparkSession, wanted: int = 1, resources: ResourceProfile | None = None) -> int | None:
     """Tasks that can run at the same time now, or None where the session does not tell (a remote Connect server).
 
     Waits for `wanted` of them only while the application has just been started.
+
+    Args: resources: of these tasks, where they are not the session's usual ones.
+    Raises: ConfigError, for resources that this session cannot give.
     """
     master = _master(spark)
     inside = master.partition("[")[2].rstrip("]").split(",")
-    if master.startswith("local-cluster["):
+    if master.startswith("local-cluster[") and resources is None:
         return int(inside[0]) * int(inside[1])
     if ship.is_connect(spark):
         if master.startswith("local"):
             return (os.cpu_count() or 1) if inside[0] == "*" else int(inside[0] or 1)
         return None
     scala = spark.sparkContext._jsc.sc()
+    profile = _profile(scala, resources)
     # Executors of a cluster register one after the other; those of local[n] are there from the start.
     patience_s = 0.0 if master.startswith("local") else _START_S - (time.time() - int(scala.startTime()) / 1000)
     deadline = time.monotonic() + patience_s
     while True:
-        there = int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
+        there = int(scala.maxNumConcurrentTasks(profile))
         if there >= wanted or time.monotonic() > deadline:
             return there
         time.sleep(_LOOK_EVERY_S)
+
+
+def _profile(scala: Any, resources: ResourceProfile | None) -> Any:
+    """Spark's own object of some resources, known to its scheduler; those of the session if None."""
+    from py4j.protocol import Py4JJavaError
+
+    manager = scala.resourceProfileManager()
+    if resources is None:
+        return manager.defaultResourceProfile()
+    profile = getattr(resources, "_java_resource_profile", None)
+    if profile is None:
+        raise ConfigError("resources", resources, "is no profile of this session", "Build it after the session's start")
+    try:
+        manager.addResourceProfile(profile)
+    except Py4JJavaError as error:
+        why = str(error.java_exception.getMessage()).rstrip(".")
+        raise ConfigError("resources", resources, f"is refused by Spark: {why}", "Leave it out here") from None
+    return profile
 
 
 def most_slots(spark: SparkSession) -> int | None:
@@ -58,16 +81,25 @@ def most_slots(spark: SparkSession) -> int | None:
     return executors * (cores // (_number(spark, "spark.task.cpus") or 1))
 
 
-def workers_for(spark: SparkSession, asked: int | None) -> int:
+def workers_for(spark: SparkSession, asked: int | None, resources: ResourceProfile | None = None) -> int:
     """How many workers train: as many as were asked for, else as there are slots.
 
     With dynamic allocation slots come when tasks wait for them: only more than can ever come is refused here.
 
-    Raises: ConfigError, with the two numbers, when there are too few slots.
+    Args: resources: of the workers, where they are not the session's usual ones.
+    Raises: ConfigError, with the two numbers, when there are too few slots, and for resources that Spark refuses.
     """
+    if resources is not None and _pyspark() < (4, 0):
+        raise ConfigError("resources", resources, "cannot be given to the tasks before pyspark 4", "Leave it out")
     if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
         raise ConfigError("workers", asked, "leaves nobody to train", "Use 1 or more")
     if without_barrier(spark):
+        if resources is not None:
+            if asked is None:
+                raise ConfigError(
+                    "workers", asked, "is needed beside resources with dynamic allocation", "Name a number"
+                )
+            return asked  # Spark starts executors of their kind
         most = most_slots(spark)
         if asked is None:
             return most or slots(spark) or 2
@@ -79,7 +111,7 @@ def workers_for(spark: SparkSession, asked: int | None) -> int:
                 f"Use workers={most} or raise spark.dynamicAllocation.maxExecutors",
             )
         return asked
-    there = slots(spark, wanted=asked or 1)
+    there = slots(spark, asked or 1, resources)
     if asked is None:
         return there or 2
     if there is not None and asked > there:
@@ -117,6 +149,12 @@ def without_barrier(spark: SparkSession) -> bool:
 def runs_copies(spark: SparkSession) -> bool:
     """Whether Spark starts a slow task a second time beside the first; never in a barrier stage."""
     return without_barrier(spark) and _is_on(spark, "spark.speculation")
+
+
+def _pyspark() -> tuple[int, ...]:
+    import pyspark
+
+    return tuple(int(part) for part in pyspark.__version__.split(".")[:2])
 
 
 def _master(spark: SparkSession) -> str:
