@@ -255,7 +255,7 @@ class _Program:
             raise FormatError(f"{self.file}: {path!r} holds {have:,} numbers, its shape {sizes[:8]} needs more.")
         if not have:
             return torch.zeros(sizes, dtype=dtype)
-        flat = torch.frombuffer(self.archive.fill(name, have * dtype.itemsize), dtype=dtype)
+        flat = self.archive.fill(name, have * dtype.itemsize).view(dtype)
         return flat.as_strided(sizes, strides, offset).contiguous()
 
     def _dtype(self, code: Any) -> Any:
