@@ -163,10 +163,16 @@ def test_a_bug_is_not_dressed_up(nets: Path) -> None:
         run("summary", "my_nets:broken")
 
 
+def hear_interrupts() -> None:
+    """Programs that a shell starts in the background ignore them, and so do all that these start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_the_program_with_130(nets: Path) -> None:
     command = [sys.executable, "-m", "kindling", "summary", "my_nets:sleepy"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=nets) as process:
+    pipes: Any = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": nets}
+    with subprocess.Popen(command, **pipes, preexec_fn=hear_interrupts) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "ready\n"  # a stray print goes to stderr
         process.send_signal(signal.SIGINT)
@@ -181,7 +187,8 @@ def test_ctrl_c_ends_the_program_with_130(nets: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_during_a_spark_job(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kindling", "demo", "--out", "demo"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    pipes: Any = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, **pipes, preexec_fn=hear_interrupts) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "LeNet learns" in line:

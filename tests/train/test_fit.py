@@ -656,7 +656,7 @@ def test_photos_are_changed_in_training_alone(spark: Any, photos: Path) -> None:
         assert any(torch.equal(value, other) for other in trained.module.state_dict().values()), name
     assert digest(trained) == digest(fit(model, df, augment=changes, **options))
     assert digest(trained) != digest(fit(model, df, **options))
-    assert trained.history[-1]["augment"]["photo"][0] == {"kind": "crop", "padding": 1, "fill": "edge"}
+    assert trained.history[-1]["augment"]["photo"][0] == changes[0].to_json()
     with pytest.raises(ConfigError, match="fits one input of images"):
         fit(net(), frame(spark, blobs(20)), augment=changes)
 
