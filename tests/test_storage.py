@@ -162,6 +162,7 @@ print("ALL GOOD")
 
 
 @pytest.mark.spark
+@pytest.mark.slow
 def test_spark_connect_reads_and_writes(tmp_path: Path) -> None:
     """In a process of its own: Classic and Connect cannot share one."""
     import pyspark

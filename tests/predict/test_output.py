@@ -233,7 +233,9 @@ def test_what_cannot_be_kept_is_said(spark: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("when", ["before the old files go", "between two of them"])
+@pytest.mark.parametrize(
+    "when", [pytest.param("before the old files go", marks=pytest.mark.slow), "between two of them"]
+)
 def test_a_run_killed_while_it_tidies_leaves_nothing_doubled(
     store: Store, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,7 @@ def test_many_mutated_files(tmp_path: Path, write: Any, bounded_memory: None) ->
     fuzz_rest(tmp_path, write, 20_000, seed=4)
 
 
+@pytest.mark.slow
 def test_long_files_are_read_or_refused_in_time(tmp_path: Path, bounded_memory: None) -> None:
     file = tmp_path / "net.prototxt"
     head = 'input: "x" input_dim: 1 input_dim: 3 input_dim: 4 input_dim: 4\n'
